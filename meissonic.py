@@ -1,0 +1,382 @@
+"""Meissonic: a multi-modal transformer that fills in masked image tokens (ICLR 2025; sections are the paper's).
+
+    model = Transformer.from_pretrained("weights/shapes/transformer")
+    logits = model(tokens, hidden, pooled, micro_conds, timestep)                # one pass
+    tokens = sample(model, text, negative, grid=(16, 16), seeds=[0], steps=16, guidance=3.0)
+
+Read it top to bottom: config, small modules, the two kinds of block, the whole model, then sampling, of which
+the schedule (`masked_counts`), the guidance (`guided`) and the loop (`sample`) can each be replaced alone.
+
+Letters: B batch, h w tokens, N image positions that the blocks see (h w, or h w / 4 behind the compression),
+L text positions, S = L + N, C width, H heads, D head size, V codebook entries, M masked positions.
+"""
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import kernels
+from vq import CheckpointError, JsonConfig, Pretrained
+
+# ---------------------------------------------------------------------------------------------------------
+# Config and small modules
+
+
+@dataclass
+class Config(JsonConfig):
+    num_layers: int = 14                          # multi-modal blocks
+    num_single_layers: int = 28                   # single-modal blocks
+    num_attention_heads: int = 8                  # H
+    attention_head_dim: int = 128                 # D
+    joint_attention_dim: int = 1024               # width of the text encoder's hidden states
+    pooled_projection_dim: int = 1024             # width of its pooled output; must equal C
+    axes_dims_rope: tuple = (16, 56, 56)          # dimensions of a head that see (nothing, row, column)
+    codebook_size: int = 8192                     # V
+    vocab_size: int = 8256                        # codes and special tokens; the last one is the mask
+    downsample: bool = True                       # compression layers around the blocks
+    upsample: bool = True
+
+    FIXED = dict(_class_name="Transformer2DModel", patch_size=1, guidance_embeds=False)
+    IGNORED = frozenset({"_diffusers_version", "_name_or_path", "in_channels"})
+
+    def __post_init__(self):
+        if sum(self.axes_dims_rope) != self.attention_head_dim or any(d % 2 for d in self.axes_dims_rope):
+            raise CheckpointError(f"axes_dims_rope {self.axes_dims_rope} must be even and sum to "
+                                  f"attention_head_dim {self.attention_head_dim}")
+        if self.pooled_projection_dim != self.width:
+            raise CheckpointError(f"pooled_projection_dim {self.pooled_projection_dim} must equal the width {self.width}")
+        if self.downsample != self.upsample:
+            raise CheckpointError("downsample and upsample must be both true or both false")
+        if self.vocab_size <= self.codebook_size:
+            raise CheckpointError("vocab_size must exceed codebook_size: its last entry is the mask token")
+
+    @property
+    def width(self):                              # C
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def mask_token(self):
+        return self.vocab_size - 1
+
+    @property
+    def compression(self):                        # tokens per block position, along each side
+        return 2 if self.downsample else 1
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight, eps=1e-6)
+
+
+class Pointwise(nn.Module):
+    """A 1x1 convolution without bias, on the last axis; the weight keeps the published shape (out, in, 1, 1)."""
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.weight = nn.Parameter(nn.Linear(c_in, c_out).weight[:, :, None, None].detach().clone())
+
+    def forward(self, x):                                                          # (..., c_in) -> (..., c_out)
+        return F.linear(x, self.weight[:, :, 0, 0])
+
+
+class MLP(nn.Module):
+    """linear, SiLU, linear."""
+    def __init__(self, c_in, c_out, bias):
+        super().__init__()
+        self.linear_1 = nn.Linear(c_in, c_out, bias)
+        self.linear_2 = nn.Linear(c_out, c_out, bias)
+
+    def forward(self, x):
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class FeedForward(nn.Module):
+    """linear to 4C, tanh-GELU, linear; `net` has the published places (0.proj, 1 a dropout, 2)."""
+    def __init__(self, c):
+        super().__init__()
+        first = nn.Module()
+        first.proj = nn.Linear(c, 4 * c)
+        self.net = nn.ModuleList([first, nn.Identity(), nn.Linear(4 * c, c)])
+
+    def forward(self, x):
+        return self.net[2](F.gelu(self.net[0].proj(x), approximate="tanh"))
+
+
+def sin256(x):
+    """Sinusoidal embedding of scalars: (...,) -> (..., 256) float32, 128 cosines then 128 sines."""
+    frequencies = torch.exp(-math.log(10000) * torch.arange(128, device=x.device, dtype=torch.float32) / 128)
+    angles = x.float()[..., None] * frequencies
+    return torch.cat((angles.cos(), angles.sin()), -1)
+
+
+@lru_cache(maxsize=16)
+def rope_table(h, w, axes, device):
+    """cos, sin (h * w, D / 2) float32 for image positions (0, row, column), theta 10000, angles in float64.
+    NOTE the paper speaks of 1-D RoPE; the released weights use these three axes."""
+    ids = torch.cartesian_prod(torch.arange(1), torch.arange(h), torch.arange(w)).double()        # (N, 3)
+    angles = [ids[:, i, None] / 10000 ** (torch.arange(0, d, 2, dtype=torch.float64) / d) for i, d in enumerate(axes)]
+    angles = torch.cat(angles, 1)                                                                  # (N, D / 2)
+    return angles.cos().float().to(device), angles.sin().float().to(device)
+
+
+def modulate(x, shift, scale):
+    """LayerNorm without weights, then shift and scale: x (B, S, C); shift, scale (B, C)."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+
+
+def gated(x, gate, y):
+    """x + gate * y, x and y (B, S, C), gate (B, C); float16 residual streams are kept finite."""
+    x = x + gate[:, None] * y
+    return x.clamp(-65504, 65504) if x.dtype == torch.float16 else x
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Blocks. Their attention is kernels.attention on q, k, v packed in one projection.
+
+
+class AdaNorm(nn.Module):
+    """linear(SiLU(temb)) in `parts` pieces of width C: shift, scale, gate, and in multi-modal blocks the MLP's."""
+    def __init__(self, c, parts):
+        super().__init__()
+        self.parts = parts
+        self.linear = nn.Linear(c, parts * c)
+
+    def forward(self, temb):                                                       # (B, C) -> parts x (B, C)
+        return self.linear(F.silu(temb)).chunk(self.parts, -1)
+
+
+class JointAttention(nn.Module):
+    def __init__(self, c: Config):
+        super().__init__()
+        width, self.heads = c.width, c.num_attention_heads
+        self.qkv, self.add_qkv = nn.Linear(width, 3 * width), nn.Linear(width, 3 * width)          # image, text
+        self.norm_q, self.norm_k = RMSNorm(c.attention_head_dim), RMSNorm(c.attention_head_dim)
+        self.norm_added_q, self.norm_added_k = RMSNorm(c.attention_head_dim), RMSNorm(c.attention_head_dim)
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+        self.to_add_out = nn.Linear(width, width)
+
+    def forward(self, x, text, rope):                               # (B, N, C), (B, L, C) -> the same
+        split = lambda y: y.unflatten(-1, (3, self.heads, -1))                                     # (B, S, 3, H, D)
+        y = kernels.attention(split(self.add_qkv(text)), split(self.qkv(x)),
+                              (self.norm_added_q.weight, self.norm_added_k.weight),
+                              (self.norm_q.weight, self.norm_k.weight), *rope)                     # (B, L + N, C)
+        text, x = y.split((text.shape[1], x.shape[1]), 1)
+        return self.to_out[0](x), self.to_add_out(text)
+
+
+class MultiModalBlock(nn.Module):
+    """Two streams, image x and text, each with its own weights, that meet in the attention."""
+    def __init__(self, c: Config):
+        super().__init__()
+        self.norm1, self.norm1_context = AdaNorm(c.width, 6), AdaNorm(c.width, 6)
+        self.attn = JointAttention(c)
+        self.ff, self.ff_context = FeedForward(c.width), FeedForward(c.width)
+
+    def forward(self, x, text, temb, rope):                         # (B, N, C), (B, L, C), (B, C) -> x, text
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.norm1(temb)
+        t_shift, t_scale, t_gate, t_mlp_shift, t_mlp_scale, t_mlp_gate = self.norm1_context(temb)
+        y, t = self.attn(modulate(x, shift, scale), modulate(text, t_shift, t_scale), rope)
+        x, text = gated(x, gate, y), gated(text, t_gate, t)
+        x = gated(x, mlp_gate, self.ff(modulate(x, mlp_shift, mlp_scale)))
+        text = gated(text, t_mlp_gate, self.ff_context(modulate(text, t_mlp_shift, t_mlp_scale)))
+        return x, text
+
+
+class SingleBlock(nn.Module):
+    """One stream [text ; image]; attention and MLP side by side, from one packed projection to one projection."""
+    def __init__(self, c: Config):
+        super().__init__()
+        width, self.heads = c.width, c.num_attention_heads
+        self.norm = AdaNorm(width, 3)
+        self.qkv_mlp = nn.Linear(width, 7 * width)                                                 # q, k, v, 4C
+        self.attn = nn.Module()
+        self.attn.norm_q, self.attn.norm_k = RMSNorm(c.attention_head_dim), RMSNorm(c.attention_head_dim)
+        self.proj_out = nn.Linear(5 * width, width)
+
+    def forward(self, s, length, temb, rope):                       # (B, S, C), text rows L, (B, C) -> (B, S, C)
+        shift, scale, gate = self.norm(temb)
+        qkv, mlp = self.qkv_mlp(modulate(s, shift, scale)).split((3 * s.shape[-1], 4 * s.shape[-1]), -1)
+        qkv = qkv.unflatten(-1, (3, self.heads, -1))                                               # (B, S, 3, H, D)
+        norms = self.attn.norm_q.weight, self.attn.norm_k.weight
+        y = kernels.attention(qkv[:, :length], qkv[:, length:], norms, norms, *rope)               # (B, S, C)
+        return gated(s, gate, self.proj_out(torch.cat((y, F.gelu(mlp, approximate="tanh")), -1)))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The whole model
+
+
+class Transformer(Pretrained):
+    CONFIG = Config
+    PACKED = {"attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+              "attn.add_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+              "qkv_mlp": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")}
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        c, width = config, config.width
+        named = lambda **parts: nn.ModuleDict(parts)                    # groups of modules under published names
+        self.embed = named(embeddings=nn.Embedding(c.vocab_size, width), layer_norm=RMSNorm(width),
+                           conv=Pointwise(width, width))
+        if c.downsample:
+            self.down_block = named(downsample=named(norm=RMSNorm(width), conv=nn.Conv2d(width, width, 2, 2, bias=False)))
+            self.up_block = named(upsample=named(norm=RMSNorm(width),
+                                                 conv=nn.ConvTranspose2d(width, width, 2, 2, bias=False)))
+        self.project_to_hidden_norm = RMSNorm(width)
+        self.project_to_hidden = nn.Linear(width, width, bias=False)
+        self.context_embedder = nn.Linear(c.joint_attention_dim, width)
+        self.encoder_proj_layer_norm = RMSNorm(width)
+        self.cond_embed = MLP(c.pooled_projection_dim + 5 * 256, width, bias=False)
+        self.time_text_embed = named(timestep_embedder=MLP(256, width, bias=True), text_embedder=MLP(width, width, bias=True))
+        self.transformer_blocks = nn.ModuleList(MultiModalBlock(c) for _ in range(c.num_layers))
+        self.single_transformer_blocks = nn.ModuleList(SingleBlock(c) for _ in range(c.num_single_layers))
+        self.project_from_hidden_norm = RMSNorm(width)
+        self.project_from_hidden = nn.Linear(width, width, bias=False)
+        self.mlm_layer = named(conv1=Pointwise(width, width), layer_norm=RMSNorm(width),
+                               conv2=Pointwise(width, c.codebook_size))
+
+    def conditioning(self, pooled, micro_conds, timestep):
+        """pooled (B, C), micro_conds (B, 5) = width, height, crop top, crop left, score; timestep (B,) or (1,),
+        multiplied by 1000 here -> temb (B, C)."""
+        dtype = pooled.dtype
+        cond = self.cond_embed(torch.cat((pooled, sin256(micro_conds).flatten(1).to(dtype)), -1))
+        time = self.time_text_embed.timestep_embedder(sin256(1000 * timestep.float()).to(dtype))
+        return time + self.time_text_embed.text_embedder(cond)
+
+    def embed_image(self, tokens):
+        """(B, h, w) -> (B, N, C) and the grid that the blocks see. Raises ValueError for a grid that does not divide."""
+        h, w = tokens.shape[1:]
+        if h % self.config.compression or w % self.config.compression:
+            raise ValueError(f"a grid of {h}x{w} tokens does not divide by the compression, {self.config.compression}")
+        x = self.embed.conv(self.embed.layer_norm(self.embed.embeddings(tokens)))                  # (B, h, w, C)
+        if self.config.downsample:
+            down = self.down_block.downsample
+            x = down.conv(down.norm(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)                    # (B, h/2, w/2, C)
+        return self.project_to_hidden(self.project_to_hidden_norm(x.flatten(1, 2))), x.shape[1:3]
+
+    def features(self, tokens, hidden, pooled, micro_conds, timestep):
+        """Everything but the head -> (B, h, w, C)."""
+        x, grid = self.embed_image(tokens)                                                         # (B, N, C)
+        text = self.encoder_proj_layer_norm(self.context_embedder(hidden))                         # (B, L, C)
+        temb = self.conditioning(pooled, micro_conds, timestep)                                    # (B, C)
+        rope = rope_table(*grid, self.config.axes_dims_rope, x.device)
+        for block in self.transformer_blocks:
+            x, text = block(x, text, temb, rope)
+        s = torch.cat((text, x), 1)                                                                # (B, S, C)
+        for block in self.single_transformer_blocks:
+            s = block(s, text.shape[1], temb, rope)
+        x = self.project_from_hidden(self.project_from_hidden_norm(s[:, text.shape[1]:]))          # (B, N, C)
+        x = x.unflatten(1, grid)
+        if self.config.upsample:
+            up = self.up_block.upsample
+            x = up.conv(up.norm(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)                        # (B, h, w, C)
+        return x
+
+    def head_features(self, x):
+        """(..., C) -> (..., C): the head but for its last projection."""
+        return self.mlm_layer.layer_norm(self.mlm_layer.conv1(x))
+
+    def head(self, x):
+        """(..., C) -> logits (..., V)."""
+        return self.mlm_layer.conv2(self.head_features(x))
+
+    def forward(self, tokens, hidden, pooled, micro_conds, timestep):
+        """tokens (B, h, w) int64, config.mask_token where unknown; hidden (B, L, text width); pooled (B, C);
+        micro_conds (B, 5); timestep (B,) or (1,) -> logits (B, h, w, V)."""
+        return self.head(self.features(tokens, hidden, pooled, micro_conds, timestep))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Sampling (section 2.2 and MaskGIT, Chang et al. 2022)
+
+
+def masked_counts(steps, tokens, schedule="cosine"):
+    """Tokens still masked after each step: floor(tokens * cos(pi/2 (i+1)/steps)), or falling linearly, but at
+    least one revealed by every step and none masked after the last. -> list of `steps` ints.
+    NOTE with more steps than tokens the list ends in zeros; the official code idles with one token masked.
+    Raises ValueError for steps or tokens < 1 or an unknown schedule."""
+    if steps < 1 or tokens < 1:
+        raise ValueError(f"steps ({steps}) and tokens ({tokens}) must be at least 1")
+    if schedule not in ("cosine", "linear"):
+        raise ValueError(f"unknown schedule {schedule!r}: cosine or linear")
+    counts, masked = [], tokens
+    for i in range(1, steps + 1):
+        angle = torch.tensor(math.pi / 2 * (i / steps))               # float32, as the official code: floor is sharp
+        share = float(angle.cos()) if schedule == "cosine" else 1 - i / steps
+        least = 0 if i == steps or masked <= 1 else 1
+        masked = max(min(math.floor(tokens * share), masked - 1), least)
+        counts.append(masked)
+    return counts
+
+
+def timestep(convention, step, steps, masked, tokens):
+    """The model's masking-rate condition before step `step` of `steps`, with `masked` of `tokens` unknown.
+    step      the step index counted down: how the public weights are sampled
+    rate      the masking rate in 1000 levels: the paper's, and ours for models trained here
+    rate1000  1000 times the rate: the official training script"""
+    if convention == "step":
+        return float(steps - 1 - step)
+    rate = round(1000 * masked / tokens)
+    return {"rate": rate / 1000, "rate1000": float(rate)}[convention]
+
+
+@dataclass
+class Text:
+    """What the transformer is told: hidden (B, L, D), pooled (B, C), micro_conds (B, 5)."""
+    hidden: torch.Tensor
+    pooled: torch.Tensor
+    micro_conds: torch.Tensor
+
+
+def guided(model, tokens, positions, text, negative, time, guidance):
+    """Classifier-free guidance u + g (c - u) -> logits (B, M, V) at `positions` (B, M) of the flat grid.
+    It is formed before the head's last projection, which is linear; both passes run as one batch."""
+    time = torch.full((1,), time, device=tokens.device)
+    pick = lambda x: x.flatten(1, 2).gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))   # (B, M, C)
+    if guidance == 1:
+        x = model.features(tokens, text.hidden, text.pooled, text.micro_conds, time)
+        return model.head(pick(x))
+    both = [torch.cat(pair) for pair in ((text.hidden, negative.hidden), (text.pooled, negative.pooled),
+                                         (text.micro_conds, negative.micro_conds))]
+    c, u = model.features(torch.cat((tokens, tokens)), *both, time).chunk(2)                       # (B, h, w, C)
+    c, u = model.head_features(pick(c)), model.head_features(pick(u))
+    return model.mlm_layer.conv2(u + guidance * (c - u))
+
+
+@torch.no_grad()
+def sample(model, text, negative, tokens, seeds, steps, guidance=9.0, temperature=(2.0, 0.0), schedule="cosine",
+           convention="step", progress=iter):
+    """Fill in the masked tokens.
+
+    tokens (B, h, w) int64     config.mask_token where unknown, the same number in each picture of the batch;
+                               known tokens never change
+    seeds (B,) ints            one for each picture: it depends on its own seed and text alone
+    temperature                of the Gumbel noise on the confidences, from the first step to the last
+    progress                   wraps the range of steps, e.g. tqdm
+    -> (B, h, w) int64
+    """
+    shape, flat = tokens.shape, tokens.flatten(1).clone()                                          # (B, h w)
+    seeds = torch.as_tensor(seeds, dtype=torch.int64, device=flat.device)
+    unknown = flat == model.config.mask_token
+    if len(set(unknown.sum(1).tolist())) != 1:
+        raise ValueError("the pictures of a batch must have equally many masked tokens")
+    positions = unknown.nonzero()[:, 1].view(len(flat), -1)                                        # (B, M)
+    counts = masked_counts(steps, positions.shape[1], schedule)
+    for i in progress(range(steps)):
+        if positions.shape[1] == 0:                                          # more steps than tokens
+            continue
+        time = timestep(convention, i, steps, positions.shape[1], flat.shape[1])
+        logits = guided(model, flat.view(shape), positions, text, negative, time, guidance)        # (B, M, V)
+        drawn, logp = kernels.sample_masked(logits, positions, seeds, i)                           # (B, M) twice
+        heat = temperature[0] + (temperature[1] - temperature[0]) * i / max(steps - 1, 1)
+        noise = kernels.confidence_noise(seeds, i, positions)
+        flat.scatter_(1, positions, drawn)
+        positions = kernels.remask(positions, logp, noise, heat, counts[i])                        # (B, counts[i])
+        flat.scatter_(1, positions, model.config.mask_token)
+    return flat.view(shape)
