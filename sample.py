@@ -1,0 +1,398 @@
+"""Text to image.
+
+    python sample.py --prompt "a red circle above a blue square on a white background"
+    python sample.py --model meissonic --prompt "a lighthouse in a storm, oil painting"    # 1024 x 1024, fetched once
+    python sample.py --prompt "a star" "a heart" --n 4 --seed 7 --steps 32 --cfg 5 --out pictures
+    python sample.py --score                                   # how often pictures show what their captions say
+
+Text -> CLIP tower -> transformer that fills in masked tokens -> VQ decoder -> pixels (SPEC: paper section 2).
+`Pipeline` is that line; `find_model` turns a name into a folder; `main` only reads arguments.
+"""
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import clip
+import data
+import meissonic
+import vq
+
+BUNDLED = Path(__file__).parent / "weights" / "shapes"
+HUB = dict(meissonic="MeissonFlow/Meissonic", monetico="Collov-Labs/Monetico")
+DEFAULT_PROMPT = "a red circle above a blue square on a white background"
+PARTS = ("transformer", "vqvae", "text_encoder")
+
+
+class UserError(Exception):
+    """Something the user can mend; the message says how. The command line prints it and exits with status 2."""
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Where a model lives
+
+
+def complete(folder, dtype):
+    """Whether a folder holds all that a Pipeline reads."""
+    try:
+        for part in PARTS:
+            vq.weight_files(folder / part, stem_of(part), wanted_dtype(part, dtype))
+            if not (folder / part / "config.json").is_file():
+                return False
+    except vq.CheckpointError:
+        return False
+    return (folder / "tokenizer").is_dir() and (folder / "scheduler" / "scheduler_config.json").is_file()
+
+
+def stem_of(part):
+    return "model" if part == "text_encoder" else "diffusion_pytorch_model"
+
+
+def wanted_dtype(part, dtype):
+    """The dtype whose files are read: 16-bit twins are sound for all but the text encoder, which is read in full
+    and cast (its published twin is faulty)."""
+    return torch.float32 if part == "text_encoder" else dtype
+
+
+def hub_files(names, dtype):
+    """Of a hub repository's file names, those that are needed: small files, and for each part the one set of
+    weights that vq.weight_files would take."""
+    wanted = [n for n in names if n == "model_index.json" or n.startswith(("tokenizer/", "scheduler/"))]
+    for part in PARTS:
+        mine = [n for n in names if n.startswith(part + "/") and n.count("/") == 1]
+        half = lambda n: ".fp16" in n
+        twins = [n for n in mine if half(n) and n.endswith((".safetensors", ".safetensors.index.json", ".index.fp16.json"))]
+        full = [n for n in mine if not half(n) and n.endswith((".safetensors", ".safetensors.index.json"))]
+        use_twin = twins and (not full or wanted_dtype(part, dtype) != torch.float32)
+        wanted += [f"{part}/config.json", *(twins if use_twin else full)]
+    return [n for n in wanted if n in names]
+
+
+def cached(repo, dtype):
+    """The folder of a repository in the hub cache if it holds all that is needed, else None. No network."""
+    from huggingface_hub import try_to_load_from_cache
+    index = try_to_load_from_cache(repo, "model_index.json")
+    return Path(index).parent if isinstance(index, str) and complete(Path(index).parent, dtype) else None
+
+
+def fetch(repo, dtype):
+    """Download what is needed of a hub repository, once -> its folder. Raises UserError without retries when the
+    hub cannot be reached."""
+    from huggingface_hub import HfApi, snapshot_download
+    try:
+        names = [s.rfilename for s in HfApi().model_info(repo, timeout=5).siblings]
+        return Path(snapshot_download(repo, allow_patterns=hub_files(names, dtype)))
+    except KeyboardInterrupt:
+        raise
+    except Exception as e:                                    # the hub's transport errors differ between its versions
+        reason = str(e).strip().splitlines()
+        raise UserError(f"{repo} is not in the hub cache and cannot be fetched ({reason[0] if reason else type(e).__name__}); "
+                        "connect to the network, or download it elsewhere and pass --model FOLDER") from None
+
+
+def find_model(name, device, dtype):
+    """--model -> (folder, why). `auto` never fails: the bundled model is always there."""
+    if name == "auto":
+        if device.type != "cuda":
+            return BUNDLED, "shapes, the small bundled model, as there is no CUDA GPU"
+        try:
+            repo = HUB["meissonic"]
+            return cached(repo, dtype) or fetch(repo, dtype), "meissonic, as there is a CUDA GPU"
+        except UserError as e:
+            return BUNDLED, f"shapes, the small bundled model: {e}"
+    if name == "shapes":
+        return BUNDLED, "shapes"
+    if Path(name).is_dir():
+        return Path(name), name
+    repo = HUB.get(name, name)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or name.startswith((".", "/", "~")):
+        raise UserError(f"no model {name!r}: neither a folder, nor shapes, meissonic, monetico, nor a hub id OWNER/NAME")
+    return cached(repo, dtype) or fetch(repo, dtype), name
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The pipeline
+
+
+class Pipeline:
+    """Tokenizer, text encoder, transformer and VQ model of one checkpoint folder.
+
+    Attributes of use to others: `f` pixels per block position and side (sizes must divide by it), and the
+    checkpoint's defaults `size` (width, height), `steps`, `cfg`, `score_condition`.
+    """
+
+    def __init__(self, folder, device="cpu", dtype=torch.float32):
+        """Raises vq.CheckpointError, naming the part at fault."""
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise vq.CheckpointError(f"{folder}: no such folder")
+        self.device, self.dtype = torch.device(device), dtype
+        self.tokenizer = clip.Tokenizer.from_pretrained(folder / "tokenizer")
+        self.encoder = clip.TextEncoder.from_pretrained(folder / "text_encoder", dtype, device)
+        self.transformer = meissonic.Transformer.from_pretrained(folder / "transformer", dtype, device)
+        # NOTE the published decoder overflows in float16
+        vq_dtype = torch.float32 if dtype == torch.float16 else dtype
+        self.vq = vq.VQModel.from_pretrained(folder / "vqvae", vq_dtype, device)
+        self.read_scheduler(folder / "scheduler" / "scheduler_config.json")
+        config = self.transformer.config
+        if self.encoder.config.hidden_size != config.joint_attention_dim or \
+                self.encoder.config.projection_dim != config.pooled_projection_dim:
+            raise vq.CheckpointError(f"{folder}: text encoder and transformer do not fit each other")
+        if self.vq.config.num_vq_embeddings != config.codebook_size:
+            raise vq.CheckpointError(f"{folder}: the VQ model has {self.vq.config.num_vq_embeddings} codes, "
+                                     f"the transformer {config.codebook_size}")
+        self.f = self.vq.config.f * config.compression
+
+    def read_scheduler(self, path):
+        try:
+            raw = json.loads(path.read_text())
+        except (OSError, ValueError):
+            raise vq.CheckpointError(f"{path}: missing or not JSON") from None
+        self.convention = raw.get("rate_condition", "step")
+        if self.convention not in ("step", "rate", "rate1000"):
+            raise vq.CheckpointError(f"{path}: unknown rate_condition {self.convention!r}")
+        if raw.get("mask_token_id", self.transformer.config.mask_token) != self.transformer.config.mask_token:
+            raise vq.CheckpointError(f"{path}: mask_token_id {raw['mask_token_id']} is not the transformer's last token")
+        known = raw.get("defaults", {})
+        side = known.get("size", 1024 if self.transformer.config.downsample else 512)
+        self.size = (side, side)
+        self.steps, self.cfg = known.get("steps", 48), known.get("cfg", 9.0)
+        self.score_condition = known.get("score_condition", 6.0)
+
+    def check_size(self, width, height):
+        """Raises UserError, naming the nearest size that fits, if the model's grid cannot take these pixels."""
+        if width < 1 or height < 1 or width % self.f or height % self.f:
+            fit = [max(self.f, round(side / self.f) * self.f) for side in (width, height)]
+            raise UserError(f"size {width}x{height} does not fit: width and height must be positive multiples of "
+                            f"{self.f}, for example {fit[0]}x{fit[1]}")
+
+    @torch.no_grad()
+    def encode_text(self, prompts, width, height, score):
+        """list of str -> meissonic.Text; micro conditions: size in pixels, no crop, score."""
+        hidden, pooled = self.encoder(self.tokenizer(prompts).to(self.device))
+        micro = torch.tensor([[width, height, 0, 0, score]], device=self.device, dtype=torch.float32)
+        return meissonic.Text(hidden, pooled, micro.expand(len(prompts), 5))
+
+    @torch.no_grad()
+    def __call__(self, prompts, seeds, negative="", size=None, steps=None, cfg=None, temperature=(2.0, 0.0),
+                 score=None, progress=iter):
+        """One batch: prompts (list of str) and seeds (list of int), one for each picture; size (width, height)
+        in pixels; None takes the checkpoint's default -> list of PIL images."""
+        width, height = size or self.size
+        self.check_size(width, height)
+        score = self.score_condition if score is None else score
+        text = self.encode_text(prompts, width, height, score)
+        against = self.encode_text([negative] * len(prompts), width, height, score)
+        h, w = height // self.vq.config.f, width // self.vq.config.f
+        tokens = torch.full((len(prompts), h, w), self.transformer.config.mask_token, device=self.device)
+        tokens = meissonic.sample(self.transformer, text, against, tokens, seeds, steps or self.steps,
+                                  self.cfg if cfg is None else cfg, temperature, convention=self.convention,
+                                  progress=progress)
+        images = self.vq.decode(tokens).float().clamp(0, 1)                                    # (B, 3, H, W)
+        arrays = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        return [Image.fromarray(a) for a in arrays]
+
+
+def score_tasks(pipeline, number=100, batch=50, tasks=data.TASKS + ("unseen",), progress=tqdm, **settings):
+    """The share of pictures that show what their caption says, for `number` held-out captions of each task of
+    the world of shapes, seeds 0, 1, ... -> {task: share}, "overall" the mean of the six GenEval tasks."""
+    shares = {}
+    pairs = [(task, text, claim) for task in tasks for text, claim in data.test_claims(task, number)]
+    right = []
+    for i in progress(range(0, len(pairs), batch)):
+        part = pairs[i:i + batch]
+        pictures = pipeline([text for _, text, _ in part], list(range(i, i + len(part))), **settings)
+        right += [data.shows(picture, claim) for picture, (_, _, claim) in zip(pictures, part)]
+    for task in tasks:
+        shares[task] = float(np.mean([r for r, (t, _, _) in zip(right, pairs) if t == task]))
+    shares["overall"] = float(np.mean([shares[t] for t in tasks if t in data.TASKS]))
+    return shares
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The command line
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line."""
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def parse_size(text):
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not N or WxH in pixels")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def positive(text):
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def finite(text):
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not np.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return value
+
+
+def parse_arguments(argv):
+    p = Parser(prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--prompt", nargs="+", metavar="TEXT", help=f'one or more; "" is allowed (default: "{DEFAULT_PROMPT}")')
+    p.add_argument("--prompt-file", type=Path, metavar="FILE", help="more prompts, one on each line, UTF-8")
+    p.add_argument("--negative", default="", metavar="TEXT", help="what to steer away from (default: the empty prompt)")
+    p.add_argument("--steps", type=positive, help="sampling steps (default: the model's; 48 for meissonic, 16 for shapes)")
+    p.add_argument("--cfg", type=finite, help="guidance scale, 1 is none (default: the model's; 9 for meissonic, 3 for shapes)")
+    p.add_argument("--size", type=parse_size, metavar="N|WxH", help="pixels (default: the model's; 1024 for meissonic, 64 for shapes)")
+    p.add_argument("--n", type=positive, default=1, help="pictures for each prompt, with seeds SEED, SEED + 1, ... (default: 1)")
+    p.add_argument("--seed", type=int, default=0, help="the same seed gives the same picture (default: 0)")
+    p.add_argument("--temperature", type=finite, nargs=2, default=(2.0, 0.0), metavar=("A", "B"),
+                   help="of the noise that chooses what to mask again, first to last step (default: 2 0)")
+    p.add_argument("--score-condition", type=finite, help="how good a picture to ask for (default: 6)")
+    p.add_argument("--model", default="auto", help="shapes, meissonic, monetico, a hub id or a folder (default: auto: "
+                   "meissonic where there is a CUDA GPU and the weights can be had, else shapes)")
+    p.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one, else cpu)")
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
+                   help="of the weights (default: on CUDA bfloat16 from compute capability 8.0, else float16; else float32)")
+    p.add_argument("--batch", type=positive, help="pictures made at a time (default: as many as 4096 tokens hold)")
+    p.add_argument("--out", type=Path, default=Path("out"), metavar="PATH",
+                   help="a .png file for one picture, else a folder (default: out)")
+    p.add_argument("--score", type=positive, nargs="?", const=100, metavar="N",
+                   help="print how often pictures of N held-out captions for each task are right (default N: 100); "
+                        "for models of the world of shapes")
+    return p.parse_args(argv)
+
+
+def choose_device(name):
+    """--device -> (torch.device, why). Raises UserError for one that is unknown or not there."""
+    if name is None:
+        return (torch.device("cuda"), "the default") if torch.cuda.is_available() else (torch.device("cpu"), "no CUDA GPU")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+        if device.type == "meta":
+            raise RuntimeError("meta tensors hold no data")
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"device {name!r} cannot be used: {str(e).splitlines()[0]}") from None
+    return device, "--device"
+
+
+def choose_dtype(name, device):
+    """--dtype -> (torch.dtype, why)."""
+    if name:
+        return getattr(torch, name), "--dtype"
+    if device.type != "cuda":
+        return torch.float32, f"the default on {device.type}"
+    new = torch.cuda.get_device_capability(device) >= (8, 0)
+    return (torch.bfloat16, "compute capability 8.0 or more") if new else (torch.float16, "compute capability below 8.0")
+
+
+def read_prompts(args):
+    prompts = list(args.prompt or [])
+    if args.prompt_file:
+        try:
+            prompts += args.prompt_file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f"--prompt-file {args.prompt_file}: cannot be read ({getattr(e, 'strerror', None) or 'not UTF-8'})") from None
+        if not prompts:
+            raise UserError(f"--prompt-file {args.prompt_file}: no prompts in it")
+    return prompts or [DEFAULT_PROMPT]
+
+
+def output_paths(out, prompts, seeds):
+    """One path for each (prompt, seed); a folder is made here. Raises UserError if it cannot be written."""
+    jobs = [(p, s) for p in prompts for s in seeds]
+    if out.suffix.lower() == ".png" and len(jobs) > 1:
+        raise UserError(f"--out {out} is one file, but {len(jobs)} pictures were asked for; name a folder")
+    if out.suffix and out.suffix.lower() != ".png" and not out.is_dir():
+        raise UserError(f"--out {out}: pictures are written as .png")
+    folder = out.parent if out.suffix.lower() == ".png" else out
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".sample-{id(jobs)}"
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise UserError(f"--out {out}: cannot be written ({e.strerror})") from None
+    if out.suffix.lower() == ".png":
+        if out.is_dir():
+            raise UserError(f"--out {out}: is a folder")
+        return [(p, s, out) for p, s in jobs]
+    slug = lambda p: re.sub(r"[^\w]+", "-", p.lower()).strip("-")[:60] or "empty"
+    names, paths = set(), []
+    for i, (p, s) in enumerate(jobs):
+        name = f"{slug(p)}-{s}"
+        name = f"{name}-{i}" if name in names else name                 # two prompts may share a slug
+        names.add(name)
+        paths.append((p, s, out / f"{name}.png"))
+    return paths
+
+
+def run(args):
+    device, why_device = choose_device(args.device)
+    dtype, why_dtype = choose_dtype(args.dtype, device)
+    if not -2 ** 63 <= args.seed < 2 ** 63 - args.n:
+        raise UserError(f"--seed {args.seed} does not fit 64 bits")
+    prompts, seeds = read_prompts(args), range(args.seed, args.seed + args.n)
+    folder, why_model = find_model(args.model, device, dtype)
+    pipeline = Pipeline(folder, device, dtype)
+    size = args.size or pipeline.size
+    pipeline.check_size(*size)
+    print(f"model: {why_model} | device: {device} ({why_device}) | dtype: {args.dtype or str(dtype)[6:]} ({why_dtype}) | "
+          f"attention: plain PyTorch | seed: {args.seed}")
+    settings = dict(negative=args.negative, size=size, steps=args.steps, cfg=args.cfg,
+                    temperature=tuple(args.temperature), score=args.score_condition)
+    if args.score:
+        for task, share in score_tasks(pipeline, args.score, **settings).items():
+            print(f"{task:12} {share:.2f}")
+        return
+    jobs = output_paths(args.out, prompts, seeds)
+    tokens = size[0] * size[1] // pipeline.vq.config.f ** 2
+    batch = args.batch or max(1, 4096 // tokens)
+    for i in range(0, len(jobs), batch):
+        part = jobs[i:i + batch]
+        bar = lambda steps: tqdm(steps, f"pictures {i + 1} to {i + len(part)} of {len(jobs)}" if len(jobs) > 1 else "steps")
+        pictures = pipeline([p for p, _, _ in part], [s for _, s, _ in part], progress=bar, **settings)
+        for picture, (_, _, path) in zip(pictures, part):
+            vq.write_whole(path, lambda beside: picture.save(beside, "PNG"))
+            print(f"wrote {path}")
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    try:
+        run(args)
+    except (UserError, vq.CheckpointError) as e:
+        sys.exit(fail(e))
+    except OSError as e:
+        sys.exit(fail(f"{e.filename or args.out}: {e.strerror or e}"))
+    except (torch.OutOfMemoryError, MemoryError):
+        sys.exit(fail("out of memory: lower --size, --batch or --n, or use --dtype bfloat16"))
+    except RuntimeError as e:
+        if "allocate memory" not in str(e):                 # what PyTorch's CPU allocator says
+            raise
+        sys.exit(fail("out of memory: lower --size, --batch or --n, or use --dtype bfloat16"))
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def fail(message):
+    print(f"sample.py: error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

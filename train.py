@@ -1,0 +1,387 @@
+"""Training, in its first form: from nothing to a model that draws the world of shapes (paper sections 2.2, 2.4).
+
+    python train.py --out runs/shapes              # all stages in turn; again with --resume to go on
+    python train.py --out runs/shapes --stage vq   # one stage: tokenizer, vq, encode, transformer
+    python sample.py --model runs/shapes --prompt "a red circle"
+
+1. tokenizer    byte pairs learned from the world's captions
+2. vq           pictures -> tokens -> pictures: an autoencoder first, then its codebook is drawn from the data
+3. encode       a stock of captioned pictures is drawn once and kept as tokens
+4. transformer  masked-token modelling with the text encoder trained along; averaged weights are the model
+
+Every random choice of step i comes from a generator seeded with (seed, stage, i): a run that goes on from a
+checkpoint sees what it would have seen, and no random state needs to be kept.
+
+Letters: B batch, H W pixels, h w tokens, L text positions.
+"""
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tokenizers import models, pre_tokenizers, trainers
+from tqdm import tqdm
+
+import clip
+import data
+import meissonic
+import vq
+
+SIZE, TEXT_LENGTH, SCORE = 64, 32, 6.0                       # pixels, tokens of a caption, micro condition
+
+# steps, batch, peak learning rate, and what else a stage needs
+VQ = dict(steps=3200, batch=32, lr=2e-3, warm=800, pool=12_000)
+TRANSFORMER = dict(steps=9000, batch=48, lr=1.2e-3, stock=120_000)
+
+VQ_CONFIG = vq.Config(block_out_channels=(16, 32, 64), layers_per_block=1, latent_channels=8, vq_embed_dim=8,
+                      num_vq_embeddings=512, norm_num_groups=8)
+TRANSFORMER_CONFIG = meissonic.Config(num_layers=3, num_single_layers=6, num_attention_heads=6, attention_head_dim=32,
+                                      joint_attention_dim=128, pooled_projection_dim=192, axes_dims_rope=(8, 12, 12),
+                                      codebook_size=512, vocab_size=513)
+
+
+def text_config(vocabulary):
+    return clip.Config(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
+                       projection_dim=TRANSFORMER_CONFIG.width, max_position_embeddings=TEXT_LENGTH,
+                       vocab_size=len(vocabulary), eos_token_id=vocabulary[clip.END])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What both trainings share
+
+
+def rng_for(seed, stage, step):
+    return np.random.default_rng([seed, {"vq": 1, "encode": 2, "transformer": 3}[stage], step])
+
+
+def learning_rate(step, steps, peak, warmup=100):
+    """Linear warm-up, then a cosine to 2% of the peak."""
+    return peak * min(1, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+def decay_groups(module, weight_decay=0.01):
+    """AdamW groups: decay on matrices and kernels alone; not on biases, norms and embeddings (SPEC section 6)."""
+    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, torch.nn.Embedding)}
+    decayed = [p for p in module.parameters() if p.dim() > 1 and id(p) not in embeddings]
+    rest = [p for p in module.parameters() if p.dim() <= 1 or id(p) in embeddings]
+    return [dict(params=decayed, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
+
+
+def update(optimizer, loss, parameters, rate, clip_norm=1.0):
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
+    optimizer.step()
+
+
+def save_checkpoint(path, step, optimizer, **tensors):
+    """One safetensors file: named state dicts, the optimizer's moments, the step; whole or not at all."""
+    flat = {f"{part}.{k}": v for part, state in tensors.items() for k, v in state.items()}
+    for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"]):
+        flat.update({f"optimizer.{i}.{k}": v for k, v in optimizer.state[p].items()})
+    flat = {k: v.detach().contiguous().clone() for k, v in flat.items()}
+    vq.write_whole(path, lambda p: save_file(flat, p, metadata={"step": str(step)}))
+
+
+def load_checkpoint(path, optimizer, **modules):
+    """Restore what save_checkpoint wrote -> the step to go on with. Raises CheckpointError for a broken file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            step, flat = int(file.metadata()["step"]), {k: file.get_tensor(k) for k in file.keys()}
+    except Exception as e:
+        raise vq.CheckpointError(f"{path}: not a training checkpoint ({e})") from None
+    part = lambda name: {k.removeprefix(name + "."): v for k, v in flat.items() if k.startswith(name + ".")}
+    for name, module in modules.items():
+        module.load_state_dict(part(name))
+    for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"]):
+        optimizer.state[p] = part(f"optimizer.{i}")
+    return step
+
+
+class Log:
+    """A progress bar, and a line of log.jsonl every 50 steps."""
+    def __init__(self, path, stage, first, steps):
+        self.file = open(path, "a", buffering=1)
+        self.stage, self.bar, self.sums, self.count = stage, tqdm(range(first, steps), stage, steps, initial=first), {}, 0
+
+    def add(self, step, **values):
+        """Average `values` (numbers or 0-d tensors) since the last line."""
+        self.count += 1
+        for k, v in values.items():
+            self.sums[k] = self.sums.get(k, 0) + float(v)
+        if step % 50 == 49:
+            means = {k: round(v / self.count, 5) for k, v in self.sums.items()}
+            self.file.write(json.dumps(dict(stage=self.stage, step=step + 1, **means)) + "\n")
+            self.bar.set_postfix(means)
+            self.sums, self.count = {}, 0
+
+
+def pixels(pictures):
+    """uint8 (B, H, W, 3) numpy -> float (B, 3, H, W) in [0, 1]."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 1. Tokenizer
+
+
+def train_tokenizer(seed, captions=20_000):
+    """Byte pairs from the world's captions, enough merges that each of its words is one token."""
+    rng = np.random.default_rng(seed)
+    texts = [data.caption(rng, data.sample_claim(rng)) for _ in range(captions)]
+    bpe = clip.byte_pair_tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=clip.END))
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=1024, min_frequency=2, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False))
+    # CLIP's vocabulary: all bytes, all bytes that end a word, the merges, then the two special tokens.
+    trained = json.loads(bpe.to_str())["model"]
+    merges = [tuple(m) for m in trained["merges"]]
+    words = sorted(alphabet) + [a + "</w>" for a in sorted(alphabet)] + ["".join(m) for m in merges]
+    vocabulary = {w: i for i, w in enumerate(dict.fromkeys(words + [clip.START, clip.END]))}
+    return clip.Tokenizer(clip.byte_pair_tokenizer(models.BPE(
+        vocabulary, merges, end_of_word_suffix="</w>", unk_token=clip.END)), TEXT_LENGTH)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 2. VQ model
+
+
+def train_vq(out, seed, resume):
+    """Reconstruction, codebook and commitment losses (van den Oord et al. 2017). Codes that nobody used for 50
+    steps are redrawn from the batch. From nothing a codebook collapses: the first `warm` steps train a plain
+    autoencoder, then k-means over its latents gives the codebook."""
+    torch.manual_seed(seed)
+    model = vq.VQModel(VQ_CONFIG)
+    book, codes = model.quantize.embedding.weight, VQ_CONFIG.num_vq_embeddings
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
+    checkpoint = out / "vq.checkpoint.safetensors"
+    first = load_checkpoint(checkpoint, optimizer, model=model) if resume and checkpoint.is_file() else 0
+    rng = rng_for(seed, "vq", VQ["steps"])
+    pool = np.stack([np.asarray(data.example(rng, SIZE)[0]) for _ in range(VQ["pool"])])
+    log, used = Log(out / "log.jsonl", "vq", first, VQ["steps"]), torch.zeros(codes)
+    for step in log.bar:
+        rng = rng_for(seed, "vq", step)
+        images = pixels(pool[rng.integers(len(pool), size=VQ["batch"])])
+        if step == VQ["warm"]:
+            with torch.no_grad():
+                sample = torch.cat([rows(model.latent(pixels(pool[i:i + 64]))) for i in range(0, 640, 64)])
+                book.copy_(k_means(sample, codes, rng))
+        with torch.autocast("cpu", torch.bfloat16):
+            latent = model.latent(images)
+        latent = latent.float()
+        quantised, extra = latent, torch.zeros(())
+        if step >= VQ["warm"]:
+            tokens = model.tokens_of(latent.detach())
+            vectors = model.vectors_of(tokens)
+            extra = F.mse_loss(vectors, latent.detach()) + 0.25 * F.mse_loss(latent, vectors.detach())
+            quantised = latent + (vectors - latent).detach()              # straight through
+            used += torch.bincount(tokens.flatten(), minlength=codes)
+        with torch.autocast("cpu", torch.bfloat16):
+            decoded = model.pixels(quantised)
+        error = F.mse_loss(decoded.float(), images)
+        loss = error + 0.1 * F.l1_loss(decoded.float(), images) + 0.1 * extra
+        update(optimizer, loss, model.parameters(), learning_rate(step, VQ["steps"], VQ["lr"]))
+        log.add(step, psnr=-10 * math.log10(error.item()), codebook=extra, codes=(used > 0).sum())
+        if step % 50 == 49:
+            if VQ["warm"] < step < 0.8 * VQ["steps"]:
+                revive(book, used, rows(latent.detach()), rng)
+            used.zero_()
+        if step % 500 == 499 or step == VQ["steps"] - 1:
+            save_checkpoint(checkpoint, step + 1, optimizer, model=model.state_dict())
+    model.save_pretrained(out / "vqvae", torch.float16)
+
+
+def rows(latent):
+    """(B, E, h, w) -> (B h w, E)."""
+    return latent.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def k_means(points, k, rng, iterations=10):
+    """(M, E) -> (k, E) centres; an empty one is drawn anew."""
+    pick = lambda n: points[torch.from_numpy(rng.integers(len(points), size=n))]
+    centres = pick(k)
+    for _ in range(iterations):
+        nearest = torch.cdist(points, centres).argmin(1)
+        count = torch.bincount(nearest, minlength=k)[:, None]
+        mean = torch.zeros_like(centres).index_add_(0, nearest, points) / count.clamp(min=1)
+        centres = torch.where(count > 0, mean, pick(k))
+    return centres
+
+
+@torch.no_grad()
+def revive(book, used, latents, rng):
+    """Move codebook entries that were not used to latents drawn from the batch."""
+    dead = used == 0
+    book[dead] = latents[torch.from_numpy(rng.integers(len(latents), size=int(dead.sum())))]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 3. Encode
+
+
+@torch.no_grad()
+def encode(out, seed, chunk=2000):
+    """Draw TRANSFORMER["stock"] captioned pictures and keep them as tokens: stock.safetensors with
+    tokens (M, h, w) int16 and text (M, L) int16."""
+    tokenizer = clip.Tokenizer.from_pretrained(out / "tokenizer")
+    model = vq.VQModel.from_pretrained(out / "vqvae").to(memory_format=torch.channels_last)      # 1.25x on a CPU
+    tokens, texts = [], []
+    for i in tqdm(range(TRANSFORMER["stock"] // chunk), "encode"):
+        rng = rng_for(seed, "encode", i)
+        pictures, captions, _ = zip(*(data.example(rng, SIZE) for _ in range(chunk)))
+        batch = pixels(np.stack([np.asarray(p) for p in pictures]))
+        tokens.append(torch.cat([model.encode(part) for part in batch.split(50)]).short())
+        texts.append(tokenizer(captions).short())
+    vq.write_whole(out / "stock.safetensors",
+                   lambda p: save_file(dict(tokens=torch.cat(tokens), text=torch.cat(texts)), p))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 4. Transformer
+
+
+def sample_mask(rng, batch, tokens):
+    """Which of `tokens` positions are masked: the rate r = cos(pi t / 2) with t uniform has the density
+    p(r) = 2/pi (1 - r^2)^(-1/2) of section 2.2, truncated to [0, 1]; round(r tokens) positions, at least one.
+    -> mask (batch, tokens) bool, rates (batch,) float64: masked / tokens."""
+    r = np.cos(np.pi / 2 * rng.random(batch))
+    count = np.maximum(np.round(r * tokens), 1)
+    mask = rng.random((batch, tokens)).argsort(1).argsort(1) < count[:, None]
+    return mask, count / tokens
+
+
+class Student(torch.nn.Module):
+    """What the last stage trains: the text encoder and the transformer together."""
+    def __init__(self, encoder, transformer):
+        super().__init__()
+        self.encoder, self.transformer = encoder, transformer
+
+    def forward(self, ids, tokens, mask, rates):
+        """ids (B, L), tokens (B, h, w) int64, mask (B, h * w) bool, rates (B,) -> mean cross-entropy of the
+        masked tokens. The masking-rate condition is the rate in 1000 levels."""
+        hidden, pooled = self.encoder(ids)
+        masked = tokens.flatten(1).masked_fill(mask, self.transformer.config.mask_token).view(tokens.shape)
+        micro = torch.tensor([SIZE, SIZE, 0, 0, SCORE]).expand(len(ids), 5)
+        x = self.transformer.features(masked, hidden, pooled, micro, (rates * 1000).round() / 1000)
+        logits = self.transformer.head(x.flatten(1, 2)[mask])                                   # (masked, V)
+        return F.cross_entropy(logits.float(), tokens.flatten(1)[mask])
+
+
+def new_student(tokenizer):
+    """Fresh weights; adaptive norms start at zero, so that every block starts as the identity (DiT)."""
+    student = Student(clip.TextEncoder(text_config(tokenizer.bpe.get_vocab())), meissonic.Transformer(TRANSFORMER_CONFIG))
+    for module in student.modules():
+        if isinstance(module, torch.nn.Embedding):
+            torch.nn.init.normal_(module.weight, std=0.02)
+        elif isinstance(module, meissonic.AdaNorm):
+            torch.nn.init.zeros_(module.linear.weight)
+            torch.nn.init.zeros_(module.linear.bias)
+    return student
+
+
+def train_transformer(out, seed, resume, dropout=0.1):
+    """Masked-token modelling (SPEC section 6); the caption is empty with probability `dropout`, for guidance."""
+    torch.manual_seed(seed)
+    tokenizer = clip.Tokenizer.from_pretrained(out / "tokenizer")
+    with safe_open(out / "stock.safetensors", framework="pt") as file:
+        stock, texts = file.get_tensor("tokens"), file.get_tensor("text")
+    empty = tokenizer([""])
+    student = new_student(tokenizer)
+    average = {k: v.clone() for k, v in student.state_dict().items()}
+    optimizer = torch.optim.AdamW(decay_groups(student), betas=(0.9, 0.98))
+    checkpoint, steps, first = out / "transformer.checkpoint.safetensors", TRANSFORMER["steps"], 0
+    if resume and checkpoint.is_file():
+        shadow = new_student(tokenizer)
+        first = load_checkpoint(checkpoint, optimizer, model=student, average=shadow)
+        average = shadow.state_dict()
+    log = Log(out / "log.jsonl", "transformer", first, steps)
+    for step in log.bar:
+        rng = rng_for(seed, "transformer", step)
+        rows = torch.from_numpy(rng.integers(len(stock), size=TRANSFORMER["batch"]))
+        tokens, ids = stock[rows].long(), texts[rows].long()
+        ids = torch.where(torch.from_numpy(rng.random(len(ids)) < dropout)[:, None], empty, ids)
+        mask, rates = sample_mask(rng, len(ids), tokens[0].numel())
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = student(ids, tokens, torch.from_numpy(mask), torch.from_numpy(rates))
+        update(optimizer, loss, student.parameters(), learning_rate(step, steps, TRANSFORMER["lr"]))
+        with torch.no_grad():                                              # EMA, quick at first
+            decay = min(0.999, (step + 1) / (step + 10))
+            for k, v in student.state_dict().items():
+                average[k].lerp_(v, 1 - decay)
+        log.add(step, loss=loss.detach(), rate=rates.mean())
+        if step % 500 == 499 or step == steps - 1:
+            save_checkpoint(checkpoint, step + 1, optimizer, model=student.state_dict(), average=average)
+            save_model(out, student, average)
+
+
+def save_model(out, student, average):
+    """The averaged weights, float16, in the published layout, beside the VQ model and the tokenizer."""
+    shadow = Student(clip.TextEncoder(student.encoder.config), meissonic.Transformer(student.transformer.config))
+    shadow.load_state_dict(average)
+    shadow.encoder.save_pretrained(out / "text_encoder", torch.float16)
+    shadow.transformer.save_pretrained(out / "transformer", torch.float16)
+    index = {"_class_name": "Pipeline", "_diffusers_version": "0.30.2",
+             "scheduler": ["scheduler", "Scheduler"], "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
+             "tokenizer": ["transformers", "CLIPTokenizer"], "transformer": ["transformer", "Transformer2DModel"],
+             "vqvae": ["diffusers", "VQModel"]}
+    scheduler = {"_class_name": "Scheduler", "_diffusers_version": "0.30.2", "masking_schedule": "cosine",
+                 "mask_token_id": student.transformer.config.mask_token, "rate_condition": "rate",
+                 "defaults": {"size": SIZE, "steps": 16, "cfg": 3.0, "score_condition": SCORE}}
+    (out / "scheduler").mkdir(exist_ok=True)
+    for path, content in ((out / "model_index.json", index), (out / "scheduler" / "scheduler_config.json", scheduler)):
+        text = json.dumps(content, indent=2) + "\n"
+        vq.write_whole(path, lambda p: Path(p).write_text(text))
+
+
+# ---------------------------------------------------------------------------------------------------------
+
+
+def main():
+    stages = ("tokenizer", "vq", "encode", "transformer")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/shapes"), help="folder of the run (default: %(default)s)")
+    parser.add_argument("--stage", choices=stages, help="this stage alone (default: all in turn)")
+    parser.add_argument("--resume", action="store_true", help="go on from the run's checkpoints; finished stages are kept")
+    parser.add_argument("--seed", type=int, default=0, help="of every random choice (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="optimizer steps of the stage named by --stage (default: its preset)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    args = parser.parse_args()
+    if args.steps is not None:
+        if args.steps < 1 or args.stage not in ("vq", "transformer"):
+            parser.error("--steps is at least 1 and wants --stage vq or --stage transformer")
+        (VQ if args.stage == "vq" else TRANSFORMER)["steps"] = args.steps
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    print(f"train: {args.out}, seed {args.seed}, CPU, bfloat16 autocast, {torch.get_num_threads()} threads")
+    try:
+        for stage in [args.stage] if args.stage else stages:
+            run_stage(stage, args)
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; --resume goes on from the last checkpoint")
+    except vq.CheckpointError as e:
+        parser.error(str(e))
+
+
+def run_stage(stage, args):
+    """Run one stage; with --resume, what an earlier stage has finished is kept."""
+    if stage == "tokenizer" and not (args.resume and (args.out / "tokenizer").is_dir()):
+        train_tokenizer(args.seed).save_pretrained(args.out / "tokenizer")
+    if stage == "vq" and not (args.resume and (args.out / "vqvae").is_dir()):
+        train_vq(args.out, args.seed, args.resume)
+    if stage == "encode" and not (args.resume and (args.out / "stock.safetensors").is_file()):
+        encode(args.out, args.seed)
+    if stage == "transformer":
+        train_transformer(args.out, args.seed, args.resume)
+
+
+if __name__ == "__main__":
+    main()
