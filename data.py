@@ -341,14 +341,18 @@ def read(picture):
         part = label == k
         if part.sum() < 0.004 * part.size:
             continue
-        ys, xs = np.where(part.any(1))[0], np.where(part.any(0))[0]
-        y0, y1, x0, x1 = ys[0], ys[-1] + 1, xs[0], xs[-1] + 1
         votes = np.bincount(nearest[part], minlength=len(names))
         votes[ground] = 0                                     # blended edge pixels may look like the ground
         colour = int(votes.argmax())
         full = np.sqrt(((palette[colour] - palette[ground]) ** 2).sum())
-        soft = np.clip(distance / full, 0, 1) * part          # antialiased coverage
-        mask = Image.fromarray((soft[y0:y1, x0:x1] * 255).astype(np.uint8))
+        cover = np.clip(distance / full, 0, 1) * part         # share of each pixel that the object covers
+        inside = cover > 0.4                                  # the box leaves out the faint halo of decoded pictures
+        if not inside.any():
+            continue
+        ys, xs = np.where(inside.any(1))[0], np.where(inside.any(0))[0]
+        y0, y1, x0, x1 = ys[0], ys[-1] + 1, xs[0], xs[-1] + 1
+        sharp = np.clip(2 * cover[y0:y1, x0:x1] - 0.5, 0, 1)
+        mask = Image.fromarray((sharp * 255).astype(np.uint8))
         noun = NOUNS[int((_templates() @ _normal(mask, 28)).argmax())]
         items.append(Item(noun, names[colour], (x0 + x1) / 2 / width, (y0 + y1) / 2 / height,
                           max((x1 - x0) / width, (y1 - y0) / height) / 2))
