@@ -37,7 +37,7 @@ class Tokenizer:
     """Byte-level BPE with </w> word ends: START, the text, END, padded to `length`."""
 
     def __init__(self, bpe, length, pad=END):
-        self.bpe, self.length = bpe, length
+        self.bpe, self.length, self.cut = bpe, length, set()       # cut: texts whose cutting was told
         self.bpe.no_padding()
         self.bpe.no_truncation()
         self.bpe.add_special_tokens([START, END, pad])             # NOTE a "!" that pads is special in prompts too
@@ -87,11 +87,13 @@ class Tokenizer:
             write_whole(folder / name, lambda path: Path(path).write_text(text, encoding="utf-8"))
 
     def __call__(self, texts):
-        """list of str -> (B, length) int64. A text that is too long is cut, END kept, and stderr says what was dropped."""
+        """list of str -> (B, length) int64. A text that is too long is cut, END kept, and stderr says once what was
+        dropped."""
         rows = []
         for text, piece in zip(texts, self.bpe.encode_batch(list(texts), add_special_tokens=False)):
             room = self.length - 2
-            if len(piece.ids) > room:
+            if len(piece.ids) > room and text not in self.cut:
+                self.cut.add(text)
                 print(f"prompt cut to {room} tokens; dropped: {text_after(text, piece, room)!r}", file=sys.stderr)
             row = [self.start, *piece.ids[:room], self.end]
             rows.append(row + [self.pad] * (self.length - len(row)))
