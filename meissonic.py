@@ -72,7 +72,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, eps=1e-6)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), eps=1e-6)
 
 
 class Pointwise(nn.Module):
@@ -125,11 +125,6 @@ def rope_table(h, w, axes, device):
     return angles.cos().float().to(device), angles.sin().float().to(device)
 
 
-def modulate(x, shift, scale):
-    """LayerNorm without weights, then shift and scale: x (B, S, C); shift, scale (B, C)."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
-
-
 def gated(x, gate, y):
     """x + gate * y, x and y (B, S, C), gate (B, C); float16 residual streams are kept finite."""
     x = x + gate[:, None] * y
@@ -137,7 +132,8 @@ def gated(x, gate, y):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Blocks. Their attention is kernels.attention on q, k, v packed in one projection.
+# Blocks. Their attention is kernels.attention on q, k, v packed in one projection; their adaptive norms, a
+# LayerNorm without weights, then * (1 + scale) + shift, are kernels.norm_modulate, alone or after the residual.
 
 
 class AdaNorm(nn.Module):
@@ -181,11 +177,10 @@ class MultiModalBlock(nn.Module):
     def forward(self, x, text, temb, rope):                         # (B, N, C), (B, L, C), (B, C) -> x, text
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.norm1(temb)
         t_shift, t_scale, t_gate, t_mlp_shift, t_mlp_scale, t_mlp_gate = self.norm1_context(temb)
-        y, t = self.attn(modulate(x, shift, scale), modulate(text, t_shift, t_scale), rope)
-        x, text = gated(x, gate, y), gated(text, t_gate, t)
-        x = gated(x, mlp_gate, self.ff(modulate(x, mlp_shift, mlp_scale)))
-        text = gated(text, t_mlp_gate, self.ff_context(modulate(text, t_mlp_shift, t_mlp_scale)))
-        return x, text
+        y, t = self.attn(kernels.norm_modulate(x, shift, scale), kernels.norm_modulate(text, t_shift, t_scale), rope)
+        x, y = kernels.residual_norm_modulate(x, gate, y, mlp_shift, mlp_scale)
+        text, t = kernels.residual_norm_modulate(text, t_gate, t, t_mlp_shift, t_mlp_scale)
+        return gated(x, mlp_gate, self.ff(y)), gated(text, t_mlp_gate, self.ff_context(t))
 
 
 class SingleBlock(nn.Module):
@@ -201,7 +196,7 @@ class SingleBlock(nn.Module):
 
     def forward(self, s, length, temb, rope):                       # (B, S, C), text rows L, (B, C) -> (B, S, C)
         shift, scale, gate = self.norm(temb)
-        qkv, mlp = self.qkv_mlp(modulate(s, shift, scale)).split((3 * s.shape[-1], 4 * s.shape[-1]), -1)
+        qkv, mlp = self.qkv_mlp(kernels.norm_modulate(s, shift, scale)).split((3 * s.shape[-1], 4 * s.shape[-1]), -1)
         qkv = qkv.unflatten(-1, (3, self.heads, -1))                                               # (B, S, 3, H, D)
         norms = self.attn.norm_q.weight, self.attn.norm_k.weight
         y = kernels.attention(qkv[:, :length], qkv[:, length:], norms, norms, *rope)               # (B, S, C)
@@ -335,18 +330,18 @@ class Text:
 
 
 def guided(model, tokens, positions, text, negative, time, guidance):
-    """Classifier-free guidance u + g (c - u) -> logits (B, M, V) at `positions` (B, M) of the flat grid.
-    It is formed before the head's last projection, which is linear; both passes run as one batch."""
+    """Classifier-free guidance u + g (c - u) at `positions` (B, M) of the flat grid -> (B, M, C), the input of the
+    head's last projection: it is linear, so guidance passes through it. Both passes run as one batch."""
     time = torch.full((1,), time, device=tokens.device)
     pick = lambda x: x.flatten(1, 2).gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))   # (B, M, C)
     if guidance == 1:
         x = model.features(tokens, text.hidden, text.pooled, text.micro_conds, time)
-        return model.head(pick(x))
+        return model.head_features(pick(x))
     both = [torch.cat(pair) for pair in ((text.hidden, negative.hidden), (text.pooled, negative.pooled),
                                          (text.micro_conds, negative.micro_conds))]
     c, u = model.features(torch.cat((tokens, tokens)), *both, time).chunk(2)                       # (B, h, w, C)
     c, u = model.head_features(pick(c)), model.head_features(pick(u))
-    return model.mlm_layer.conv2(u + guidance * (c - u))
+    return u + guidance * (c - u)
 
 
 @torch.no_grad()
@@ -367,13 +362,14 @@ def sample(model, text, negative, tokens, seeds, steps, guidance=9.0, temperatur
     if len(set(unknown.sum(1).tolist())) != 1:
         raise ValueError("the pictures of a batch must have equally many masked tokens")
     positions = unknown.nonzero()[:, 1].view(len(flat), -1)                                        # (B, M)
-    counts = masked_counts(steps, positions.shape[1], schedule)
+    counts = masked_counts(steps, positions.shape[1], schedule) if positions.numel() else [0] * steps
+    weight = model.mlm_layer.conv2.weight.flatten(1)                                               # (V, C)
     for i in progress(range(steps)):
         if positions.shape[1] == 0:                                          # more steps than tokens
             continue
         time = timestep(convention, i, steps, positions.shape[1], flat.shape[1])
-        logits = guided(model, flat.view(shape), positions, text, negative, time, guidance)        # (B, M, V)
-        drawn, logp = kernels.sample_masked(logits, positions, seeds, i)                           # (B, M) twice
+        x = guided(model, flat.view(shape), positions, text, negative, time, guidance)             # (B, M, C)
+        drawn, logp = kernels.sample_from_head(x, weight, positions, seeds, i)                     # (B, M) twice
         heat = temperature[0] + (temperature[1] - temperature[0]) * i / max(steps - 1, 1)
         noise = kernels.confidence_noise(seeds, i, positions)
         flat.scatter_(1, positions, drawn)

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import clip
 import data
+import kernels
 import meissonic
 import vq
 
@@ -351,7 +352,7 @@ def run(args):
     size = args.size or pipeline.size
     pipeline.check_size(*size)
     print(f"model: {why_model} | device: {device} ({why_device}) | dtype: {args.dtype or str(dtype)[6:]} ({why_dtype}) | "
-          f"attention: plain PyTorch | seed: {args.seed}")
+          f"kernels: {kernels.path(device, dtype)} | seed: {args.seed}")
     settings = dict(negative=args.negative, size=size, steps=args.steps, cfg=args.cfg,
                     temperature=tuple(args.temperature), score=args.score_condition)
     if args.score:

@@ -1,7 +1,8 @@
-"""Training, in its first form: from nothing to a model that draws the world of shapes (paper sections 2.2, 2.4).
+"""Training: from nothing to a model that draws what it is told (paper sections 2.2, 2.4).
 
-    python train.py --out runs/shapes              # all stages in turn; again with --resume to go on
+    python train.py --out runs/shapes              # all stages in turn; --resume goes on after any interruption
     python train.py --out runs/shapes --stage vq   # one stage: tokenizer, vq, transformer
+    torchrun --nproc_per_node=8 train.py           # data parallel, on one node or many
     python sample.py --model runs/shapes --prompt "a red circle"
 
 1. tokenizer    byte pairs learned from the world's captions
@@ -9,35 +10,46 @@
 3. transformer  masked-token modelling, the text encoder trained along, on a stock of pictures that is drawn and
                 encoded once; the averaged weights are the model
 
+A run's folder is a model folder (`sample.py --model`) with the checkpoints, log.jsonl, loss.png and sheet.png beside.
 Every random choice of step i comes from a generator seeded with (seed, stage, i): a run that goes on from a
 checkpoint sees what it would have seen, and no random state needs to be kept.
 
 Letters: B batch, H W pixels, h w tokens, L text positions.
 """
-import argparse
+import contextlib
+import copy
 import json
 import math
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import models, pre_tokenizers, trainers
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import clip
 import data
+import kernels
 import meissonic
+import sample
 import vq
 
 TEXT_LENGTH, SCORE = 32, 6.0                                 # tokens of a caption; micro condition
 
-# One line for each stage: pictures of size x size pixels, peak learning rate; `warm` steps as an autoencoder;
-# a pool of drawn pictures, a stock of drawn and encoded ones.
+# One line for each stage: pictures of size x size pixels, global batch, peak learning rate; `warm` steps as an
+# autoencoder; a pool of drawn pictures, a stock of drawn and encoded ones.
 STAGES = {
     "vq":          dict(size=64, steps=3200, batch=32, lr=2e-3, warm=800, pool=12_000),
     "transformer": dict(size=64, steps=7600, batch=32, lr=1.2e-3, stock=120_000),
@@ -57,12 +69,61 @@ def text_config(vocabulary):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# What both trainings share
+# A run: its folder, its processes, and the loop that both trainings share
 
 
-def rng_for(seed, stage, step):
-    """The generator of all random choices of one step."""
-    return np.random.default_rng([seed, list(STAGES).index(stage), step])
+class Run:
+    """A run's folder and settings, and its place among the processes that torchrun started (one without it)."""
+
+    def __init__(self, out, seed=0, device="cpu", resume=False, save_every=500, look_every=2000):
+        self.out, self.seed, self.resume = Path(out), seed, resume
+        self.save_every, self.look_every = save_every, look_every
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = torch.device(device)
+        if self.device.type == "cuda" and self.world > 1:
+            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(self.device)
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        self.out.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def first(self):
+        """Whether this process writes: logs and checkpoints come from one."""
+        return self.rank == 0
+
+    def part(self, batch):
+        """This process's slice of a global batch of examples; the slices are disjoint and cover it."""
+        if len(batch) % self.world:
+            raise vq.CheckpointError(f"a batch of {len(batch)} does not divide by {self.world} processes")
+        return batch[self.rank::self.world]
+
+    def total(self, tensor):
+        """The sum over all processes."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def same(self, tensor):
+        """Overwrite with the first process's values."""
+        if self.world > 1:
+            dist.broadcast(tensor, 0)
+
+    def wait(self):
+        if self.world > 1:
+            dist.barrier()
+
+    def rng(self, stage, step, attempt=0):
+        """The generator of all random choices of one step, the same in all processes."""
+        return np.random.default_rng([self.seed, list(STAGES).index(stage), step, attempt])
+
+    @contextlib.contextmanager
+    def precision(self):
+        """bfloat16 autocast; on a CPU with the plain attention, which trains 1.2x faster than its flash kernel at
+        the lengths of the small model."""
+        attention = sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else contextlib.nullcontext()
+        with torch.autocast(self.device.type, torch.bfloat16), attention:
+            yield
 
 
 def learning_rate(step, steps, peak, warmup=100):
@@ -70,63 +131,199 @@ def learning_rate(step, steps, peak, warmup=100):
     return peak * min(1, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-def decay_groups(module, weight_decay=0.01):
-    """AdamW groups: decay on matrices and kernels alone; not on biases, norms and embeddings (SPEC section 6)."""
-    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, torch.nn.Embedding)}
+def decay_groups(module, scale=1.0, weight_decay=0.01):
+    """AdamW groups: decay on matrices and kernels alone; not on biases, norms and embeddings (SPEC section 6).
+    `scale` multiplies the learning rate."""
+    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     decayed = [p for p in module.parameters() if p.dim() > 1 and id(p) not in embeddings]
     rest = [p for p in module.parameters() if p.dim() <= 1 or id(p) in embeddings]
-    return [dict(params=decayed, weight_decay=weight_decay), dict(params=rest, weight_decay=0.0)]
+    return [dict(params=decayed, weight_decay=weight_decay, scale=scale), dict(params=rest, weight_decay=0.0, scale=scale)]
 
 
-def update(optimizer, loss, parameters, rate, clip_norm=1.0):
+def fit(run, stage, student, groups, loss_of, steps, lr, finish, average=0.999, patience=3):
+    """Train `student` (a module on run.device) for `steps` steps and keep an average of its weights.
+
+    groups                    the optimizer's, from decay_groups
+    loss_of(model, step, rng) -> (loss, {name: number to log}); `model` is student, behind data parallelism
+    finish(shadow, step)      called with the averaged student at each save, in the first process
+    A step with a non-finite loss or gradient is dropped; after `patience` in a row the last checkpoint is loaded
+    and training goes on with other data (the paper, section 2.2, after LLaMA). SIGTERM and Ctrl-C save first.
+    """
+    shadow = copy.deepcopy(student)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=run.device.type == "cuda")
+    path = run.out / f"{stage}.checkpoint.safetensors"
+    step, attempt, bad = 0, 0, 0
+    if run.resume and path.is_file():
+        step, attempt = load_checkpoint(path, optimizer, student, shadow)
+    model = DistributedDataParallel(student) if run.world > 1 else student
+    log = Log(run, stage, step, steps)
+
+    def save():
+        if run.first:
+            save_checkpoint(path, step, attempt, optimizer, student, shadow)
+            finish(shadow, step)
+        run.wait()
+
+    if step == 0:
+        save()                                                  # a good state to go back to from the first step on
+    with Stop() as stop:
+        while step < steps:
+            set_rate(optimizer, learning_rate(step, steps, lr))
+            with run.precision():
+                loss, values = loss_of(model, step, run.rng(stage, step, attempt))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+            mean, stopping = run.total(torch.tensor([float(loss.detach()) / run.world, float(stop.asked)])).tolist()
+            step += 1
+            if math.isfinite(mean) and math.isfinite(norm):
+                bad = 0
+                optimizer.step()
+                decay = min(average, step / (step + 10))        # quick at first
+                with torch.no_grad():
+                    for old, new in zip(shadow.state_dict().values(), student.state_dict().values()):
+                        old.lerp_(new, 1 - decay)
+                log.add(step, loss=mean, **values)
+            else:
+                bad += 1
+                log.event(step, "dropped", loss=mean, norm=float(norm))
+                if bad == patience:
+                    step, attempt = load_checkpoint(path, optimizer, student, shadow)
+                    attempt, bad = attempt + 1, 0
+                    log.event(step, "reloaded", attempt=attempt)
+            if step % run.save_every == 0 or step == steps or stopping:
+                save()
+            if stopping:
+                raise KeyboardInterrupt
+    log.close()
+
+
+def set_rate(optimizer, rate):
     for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(parameters, clip_norm)
-    optimizer.step()
+        group["lr"] = rate * group["scale"]
 
 
-def save_checkpoint(path, step, optimizer, **tensors):
-    """One safetensors file: named state dicts, the optimizer's moments, the step; whole or not at all."""
-    flat = {f"{part}.{k}": v for part, state in tensors.items() for k, v in state.items()}
+class Stop:
+    """Turns SIGTERM and Ctrl-C into a flag that is read after each step; a second Ctrl-C stops at once."""
+    def __enter__(self):
+        self.asked = False
+        self.old = {s: signal.signal(s, self.ask) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def ask(self, number, frame):
+        self.asked = True
+        signal.signal(signal.SIGINT, self.old[signal.SIGINT])
+
+    def __exit__(self, *exception):
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+
+def save_checkpoint(path, step, attempt, optimizer, student, shadow):
+    """One safetensors file with both state dicts, the optimizer's moments and the step; the one before it stays as
+    .previous. Written beside and renamed: killed at any moment, or on a full disk, a whole one is there."""
+    flat = {f"student.{k}": v for k, v in student.state_dict().items()}
+    flat |= {f"shadow.{k}": v for k, v in shadow.state_dict().items()}
     for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"]):
-        flat.update({f"optimizer.{i}.{k}": v for k, v in optimizer.state[p].items()})
-    flat = {k: v.detach().contiguous().clone() for k, v in flat.items()}
-    vq.write_whole(path, lambda p: save_file(flat, p, metadata={"step": str(step)}))
+        flat |= {f"optimizer.{i}.{k}": v for k, v in optimizer.state[p].items()}
+    flat = {k: v.detach().cpu().contiguous().clone() for k, v in flat.items()}
+    try:
+        vq.write_whole(path, lambda p: save_file(flat, p, metadata={"step": str(step), "attempt": str(attempt)}))
+    except Exception as e:                                     # safetensors wraps "no space left" in its own error
+        raise vq.CheckpointError(f"{path}: the checkpoint could not be written ({e}); the last one is whole") from None
 
 
-def load_checkpoint(path, optimizer, **modules):
-    """Restore what save_checkpoint wrote -> the step to go on with. Raises CheckpointError for a broken file."""
+def load_checkpoint(path, optimizer, student, shadow):
+    """Restore what save_checkpoint wrote -> (step, attempt). Raises CheckpointError for a file that is none."""
     try:
         with safe_open(path, framework="pt") as file:
-            step, flat = int(file.metadata()["step"]), {k: file.get_tensor(k) for k in file.keys()}
-    except Exception as e:
-        raise vq.CheckpointError(f"{path}: not a training checkpoint ({e})") from None
-    part = lambda name: {k.removeprefix(name + "."): v for k, v in flat.items() if k.startswith(name + ".")}
-    for name, module in modules.items():
-        module.load_state_dict(part(name))
-    for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"]):
-        optimizer.state[p] = part(f"optimizer.{i}")
-    return step
+            about, flat = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}
+        part = lambda name: {k.removeprefix(name + "."): v for k, v in flat.items() if k.startswith(name + ".")}
+        student.load_state_dict(part("student"))
+        shadow.load_state_dict(part("shadow"))
+        for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"]):
+            optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in part(f"optimizer.{i}").items()}
+        return int(about["step"]), int(about["attempt"])
+    except Exception as e:                                     # not safetensors, other tensors, other metadata
+        raise vq.CheckpointError(f"{path}: not a checkpoint of this run ({e})") from None
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Watching it
 
 
 class Log:
-    """A progress bar, and a line of log.jsonl every 50 steps."""
-    def __init__(self, path, stage, first, steps):
-        self.file = open(path, "a", buffering=1)
-        self.stage, self.bar, self.sums, self.count = stage, tqdm(range(first, steps), stage, steps, initial=first), {}, 0
+    """In the first process: a progress bar, log.jsonl (a line every 50 steps and for each event), loss.png."""
+
+    def __init__(self, run, stage, first, steps, every=50):
+        self.run, self.stage, self.every, self.sums, self.count = run, stage, every, {}, 0
+        self.bar = tqdm(total=steps, initial=first, desc=stage, disable=not run.first)
+        self.path = run.out / "log.jsonl"
+        self.start, self.first = time.perf_counter(), first
 
     def add(self, step, **values):
         """Average `values` (numbers or 0-d tensors) since the last line."""
         self.count += 1
         for k, v in values.items():
             self.sums[k] = self.sums.get(k, 0) + float(v)
-        if step % 50 == 49:
+        self.bar.update(step - self.bar.n)
+        if step % self.every == 0:
             means = {k: round(v / self.count, 5) for k, v in self.sums.items()}
-            self.file.write(json.dumps(dict(stage=self.stage, step=step + 1, **means)) + "\n")
+            means["steps_per_second"] = round((step - self.first) / (time.perf_counter() - self.start), 2)
             self.bar.set_postfix(means)
+            self.write(step, **means)
             self.sums, self.count = {}, 0
+
+    def event(self, step, what, **values):
+        """Something to know of: a dropped step, a reload."""
+        self.bar.n = step
+        self.write(step, event=what, **{k: repr(v) for k, v in values.items()})
+        if self.run.first:
+            tqdm.write(f"{self.stage} step {step}: {what} {values}", file=sys.stderr)
+
+    def write(self, step, **values):
+        if self.run.first:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(dict(stage=self.stage, step=step, **values)) + "\n")
+            draw_losses(self.path, self.run.out / "loss.png")
+
+    def close(self):
+        self.bar.close()
+
+
+def draw_losses(log, path, width=640, height=320):
+    """log.jsonl -> a PNG with one curve for each stage, the loss on a logarithmic scale."""
+    curves = {}
+    for line in log.read_text().splitlines():
+        entry = json.loads(line)
+        if "event" not in entry and entry["loss"] > 0:
+            curves.setdefault(entry["stage"], []).append((entry["step"], math.log10(entry["loss"])))
+    picture = Image.new("RGB", (width, height * max(1, len(curves))), "white")
+    pen = ImageDraw.Draw(picture)
+    for row, (stage, points) in enumerate(curves.items()):
+        steps, values = np.array(points).T
+        low, high = values.min(), max(values.max(), values.min() + 1e-3)
+        x = 60 + (width - 80) * steps / steps.max()
+        y = height * row + 20 + (height - 60) * (high - values) / (high - low)
+        if len(points) > 1:
+            pen.line(list(zip(x, y)), fill=data.COLOURS["blue"], width=2)
+        pen.text((60, height * (row + 1) - 30), f"{stage}: loss over {int(steps.max())} steps", fill="black")
+        for value, at in ((high, y.min()), (low, y.max())):
+            pen.text((5, at - 6), f"{10 ** value:.3g}", fill="black")
+    vq.write_whole(path, lambda p: picture.save(p, "PNG"))
+
+
+def look(run, number=16):
+    """Draw sheet.png, pictures for fixed captions, and score the six tasks, with the model as saved so far."""
+    pipeline = sample.Pipeline(run.out, run.device)
+    texts = [text for task in data.TASKS[1:] for text, _ in data.test_claims(task, 4, seed=1)]
+    pictures = pipeline(texts, [0] * len(texts))
+    side = pictures[0].width
+    sheet = Image.new("RGB", (5 * side, 4 * side))
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (i // 4 * side, i % 4 * side))
+    vq.write_whole(run.out / "sheet.png", lambda p: sheet.save(p, "PNG"))
+    return {k: round(v, 3) for k, v in sample.score_tasks(pipeline, number, progress=iter).items()}
 
 
 def pixels(pictures):
@@ -159,50 +356,63 @@ def train_tokenizer(seed, captions=20_000):
 # 2. VQ model
 
 
-def train_vq(out, seed, resume, size, steps, batch, lr, warm, pool):
-    """Reconstruction, codebook and commitment losses (van den Oord et al. 2017). From nothing a codebook collapses:
-    the first `warm` steps train a plain autoencoder, then k-means over its distinct latents gives the codebook.
-    Codes that nobody used for 50 steps move to the latents that are served worst."""
-    torch.manual_seed(seed)
-    model = vq.VQModel(VQ_CONFIG)
-    book, codes = model.quantize.embedding.weight, VQ_CONFIG.num_vq_embeddings
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
-    checkpoint = out / "vq.checkpoint.safetensors"
-    first = load_checkpoint(checkpoint, optimizer, model=model) if resume and checkpoint.is_file() else 0
-    rng = rng_for(seed, "vq", steps)
-    pool = np.stack([np.asarray(data.example(rng, size)[0]) for _ in range(pool)])               # (pool, H, W, 3)
-    log, used = Log(out / "log.jsonl", "vq", first, steps), torch.zeros(codes)
-    for step in log.bar:
-        rng = rng_for(seed, "vq", step)
-        images = pixels(pool[rng.integers(len(pool), size=batch)])
+class VQStudent(nn.Module):
+    """The VQ model with its losses: reconstruction, codebook and commitment (van den Oord et al. 2017)."""
+    def __init__(self, model):
+        super().__init__()
+        self.vq = model
+
+    def forward(self, images, quantise):
+        """images (B, 3, H, W) -> loss, reconstruction error, latents (B h w, E), their tokens and squared distances
+        to the codebook (B h w,); without `quantise` a plain autoencoder and no tokens."""
+        latent = self.vq.latent(images).float()                                                  # (B, E, h, w)
+        passed, tokens, miss = latent, None, None
+        extra = 0.0 * self.vq.quantize.embedding.weight.sum()                # every parameter has its gradient
+        if quantise:
+            tokens = self.vq.tokens_of(latent.detach())
+            vectors = self.vq.vectors_of(tokens)
+            extra = F.mse_loss(vectors, latent.detach()) + 0.5 * F.mse_loss(latent, vectors.detach())
+            miss = (latent - vectors).detach().square().sum(1).flatten()
+            passed = latent + (vectors - latent).detach()                    # straight through
+            tokens = tokens.flatten()
+        decoded = self.vq.pixels(passed).float()
+        error = F.mse_loss(decoded, images)
+        return error + 0.1 * F.l1_loss(decoded, images) + 0.1 * extra, error, rows(latent.detach()), tokens, miss
+
+
+def train_vq(run, size, steps, batch, lr, warm, pool):
+    """From nothing a codebook collapses: the first `warm` steps train a plain autoencoder, then k-means over its
+    distinct latents gives the codebook. Codes that nobody used for 50 steps move to the latents served worst."""
+    torch.manual_seed(run.seed)
+    student = VQStudent(vq.VQModel(VQ_CONFIG)).to(run.device)
+    book = student.vq.quantize.embedding.weight
+    rng = run.rng("vq", 2 ** 32)                                             # apart from the training steps
+    stock = np.stack([np.asarray(data.example(rng, size)[0]) for _ in range(pool)])              # (pool, H, W, 3)
+    used = torch.zeros(len(book), device=run.device)
+
+    def loss_of(model, step, rng):
+        images = pixels(stock[run.part(rng.integers(pool, size=batch))]).to(run.device)
         if step == warm:
             with torch.no_grad():
-                sample = torch.cat([rows(model.latent(pixels(pool[i:i + 64]))) for i in range(0, min(640, len(pool)), 64)])
-                book.copy_(k_means(distinct(sample), codes, rng))
-        with torch.autocast("cpu", torch.bfloat16):
-            latent = model.latent(images)
-        latent = latent.float()
-        quantised, extra, miss = latent, torch.zeros(()), None
-        if step >= warm:
-            tokens = model.tokens_of(latent.detach())
-            vectors = model.vectors_of(tokens)
-            extra = F.mse_loss(vectors, latent.detach()) + 0.5 * F.mse_loss(latent, vectors.detach())
-            miss = (latent - vectors).detach().square().sum(1).flatten()                         # (B h w,)
-            quantised = latent + (vectors - latent).detach()              # straight through
-            used += torch.bincount(tokens.flatten(), minlength=codes)
-        with torch.autocast("cpu", torch.bfloat16):
-            decoded = model.pixels(quantised)
-        error = F.mse_loss(decoded.float(), images)
-        loss = error + 0.1 * F.l1_loss(decoded.float(), images) + 0.1 * extra
-        update(optimizer, loss, model.parameters(), learning_rate(step, steps, lr))
-        log.add(step, psnr=-10 * math.log10(error.item()), codebook=extra, codes=(used > 0).sum())
+                seen = torch.cat([rows(student.vq.latent(pixels(stock[i:i + 64]).to(run.device)).float())
+                                  for i in range(0, min(pool, 640), 64)])
+                book.copy_(k_means(distinct(seen), len(book), rng))
+            run.same(book)
+        loss, error, latents, tokens, miss = model(images, step >= warm)
+        if tokens is not None:
+            used.add_(torch.bincount(tokens, minlength=len(book)))
+            if step % 50 == 49:
+                run.total(used)
+                if step < 0.8 * steps:
+                    revive(book, used, latents, miss, rng)
+                    run.same(book)
+        codes = (used > 0).sum()
         if step % 50 == 49:
-            if warm < step < 0.8 * steps:
-                revive(book, used, rows(latent.detach()), miss, rng)
             used.zero_()
-        if step % 500 == 499 or step == steps - 1:
-            save_checkpoint(checkpoint, step + 1, optimizer, model=model.state_dict())
-    model.save_pretrained(out / "vqvae", torch.float16)
+        return loss, dict(psnr=-10 * math.log10(float(error.detach())), codes=codes)
+
+    fit(run, "vq", student, decay_groups(student), loss_of, steps, lr,
+        lambda shadow, step: shadow.vq.save_pretrained(run.out / "vqvae", torch.float16))
 
 
 def rows(latent):
@@ -244,21 +454,6 @@ def revive(book, used, latents, miss, rng):
 # 3. Transformer
 
 
-@torch.no_grad()
-def encode(path, seed, size, stock, chunk=2000):
-    """Draw `stock` captioned pictures and keep them as tokens (M, h, w) int16 and text (M, L) int16."""
-    tokenizer = clip.Tokenizer.from_pretrained(path.parent / "tokenizer")
-    model = vq.VQModel.from_pretrained(path.parent / "vqvae").to(memory_format=torch.channels_last)  # 1.25x on a CPU
-    tokens, texts = [], []
-    for i in tqdm(range(math.ceil(stock / chunk)), "encode"):
-        rng = rng_for(seed, "transformer", 2 ** 32 + i)                            # apart from the training steps
-        pictures, captions, _ = zip(*(data.example(rng, size) for _ in range(min(chunk, stock - i * chunk))))
-        batch = pixels(np.stack([np.asarray(p) for p in pictures]))
-        tokens.append(torch.cat([model.encode(part) for part in batch.split(50)]).short())
-        texts.append(tokenizer(captions).short())
-    vq.write_whole(path, lambda p: save_file(dict(tokens=torch.cat(tokens), text=torch.cat(texts)), p))
-
-
 def sample_mask(rng, batch, tokens):
     """Which of `tokens` positions are masked: the rate r = cos(pi t / 2) with t uniform has the density
     p(r) = 2/pi (1 - r^2)^(-1/2) of section 2.2, truncated to [0, 1]; round(r tokens) positions, at least one.
@@ -269,69 +464,96 @@ def sample_mask(rng, batch, tokens):
     return mask, count / tokens
 
 
-class Student(torch.nn.Module):
+class Student(nn.Module):
     """What the last stage trains: the text encoder and the transformer together."""
     def __init__(self, encoder, transformer):
         super().__init__()
         self.encoder, self.transformer = encoder, transformer
+        self.probe = nn.Linear(transformer.config.pooled_projection_dim, transformer.config.codebook_size)
 
     def forward(self, ids, tokens, mask, rates, size):
-        """ids (B, L), tokens (B, h, w) int64, mask (B, h * w) bool, rates (B,), size in pixels -> mean
-        cross-entropy of the masked tokens. The masking-rate condition is the rate in 1000 levels."""
+        """ids (B, L), tokens (B, h, w) int64, mask (B, h * w) bool, rates (B,), size in pixels -> summed
+        cross-entropy of the masked tokens, and the probe's. The masking-rate condition is the rate in 1000 levels.
+
+        The probe: a text tower that starts from nothing says nothing, and the transformer learns to do without it.
+        So a linear layer, thrown away at the end, predicts each picture's histogram of tokens from the pooled text."""
         hidden, pooled = self.encoder(ids)
         masked = tokens.flatten(1).masked_fill(mask, self.transformer.config.mask_token).view(tokens.shape)
-        micro = torch.tensor([size, size, 0, 0, SCORE]).expand(len(ids), 5)
+        micro = torch.tensor([size, size, 0, 0, SCORE], device=ids.device).expand(len(ids), 5)
         x = self.transformer.features(masked, hidden, pooled, micro, (rates * 1000).round() / 1000)
-        logits = self.transformer.head(x.flatten(1, 2)[mask])                                   # (masked, V)
-        return F.cross_entropy(logits.float(), tokens.flatten(1)[mask])
+        x = self.transformer.head_features(x.flatten(1, 2)[mask])                               # (masked, C)
+        weight = self.transformer.mlm_layer.conv2.weight.flatten(1)                             # (V, C)
+        loss = kernels.linear_cross_entropy(x, weight, tokens.flatten(1)[mask]).sum()
+        histogram = F.one_hot(tokens.flatten(1), len(weight)).float().mean(1)                   # (B, V)
+        return loss, F.cross_entropy(self.probe(pooled).float(), histogram)
 
 
 def new_student(tokenizer):
     """Fresh weights; adaptive norms start at zero, so that every block starts as the identity (DiT)."""
     student = Student(clip.TextEncoder(text_config(tokenizer.bpe.get_vocab())), meissonic.Transformer(TRANSFORMER_CONFIG))
     for module in student.modules():
-        if isinstance(module, torch.nn.Embedding):
-            torch.nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.3)       # large against a step of Adam
+        elif isinstance(module, meissonic.MLP):
+            for linear in (module.linear_1, module.linear_2):   # the caption must still be heard after four layers
+                nn.init.normal_(linear.weight, std=1.5 / linear.in_features ** 0.5)
         elif isinstance(module, meissonic.AdaNorm):
-            torch.nn.init.zeros_(module.linear.weight)
-            torch.nn.init.zeros_(module.linear.bias)
+            nn.init.zeros_(module.linear.weight)
+            nn.init.zeros_(module.linear.bias)
+    # The five micro conditions fill 1280 inputs, nearly constant ones, beside the pooled text's 192.
+    student.transformer.cond_embed.linear_1.weight.data[:, TRANSFORMER_CONFIG.width:] *= 0.1
+    student.transformer.cond_embed.linear_1.weight.data[:, :TRANSFORMER_CONFIG.width] *= 2.5
     return student
 
 
-def train_transformer(out, seed, resume, size, steps, batch, lr, stock, dropout=0.1):
+def encode(run, path, size, stock, chunk=2000):
+    """Draw `stock` captioned pictures and keep them as tokens (M, h, w) int16 and text (M, L) int16."""
+    tokenizer = clip.Tokenizer.from_pretrained(run.out / "tokenizer")
+    model = vq.VQModel.from_pretrained(run.out / "vqvae", device=run.device)
+    model = model.to(memory_format=torch.channels_last)                      # 1.25x on a CPU
+    tokens, texts = [], []
+    for i in tqdm(range(math.ceil(stock / chunk)), "encode"):
+        rng = run.rng("transformer", 2 ** 32 + i)                            # apart from the training steps
+        pictures, captions, _ = zip(*(data.example(rng, size) for _ in range(min(chunk, stock - i * chunk))))
+        batch = pixels(np.stack([np.asarray(p) for p in pictures]))
+        with torch.no_grad():
+            tokens.append(torch.cat([model.encode(part.to(run.device)) for part in batch.split(50)]).short().cpu())
+        texts.append(tokenizer(captions).short())
+    vq.write_whole(path, lambda p: save_file(dict(tokens=torch.cat(tokens), text=torch.cat(texts)), p))
+
+
+def train_transformer(run, size, steps, batch, lr, stock, dropout=0.1):
     """Masked-token modelling (SPEC section 6); the caption is empty with probability `dropout`, for guidance."""
-    torch.manual_seed(seed)
-    tokenizer = clip.Tokenizer.from_pretrained(out / "tokenizer")
-    store = out / "stock.safetensors"
-    if not (resume and store.is_file()):
-        encode(store, seed, size, stock)
+    torch.manual_seed(run.seed)
+    store = run.out / "stock.safetensors"
+    if run.first and not (run.resume and store.is_file()):
+        encode(run, store, size, stock)
+    run.wait()
     with safe_open(store, framework="pt") as file:
         pictures, texts = file.get_tensor("tokens"), file.get_tensor("text")
+    tokenizer = clip.Tokenizer.from_pretrained(run.out / "tokenizer")
     empty = tokenizer([""])
-    student, shadow = new_student(tokenizer), new_student(tokenizer)
-    optimizer = torch.optim.AdamW(decay_groups(student), betas=(0.9, 0.98))
-    checkpoint, first = out / "transformer.checkpoint.safetensors", 0
-    if resume and checkpoint.is_file():
-        first = load_checkpoint(checkpoint, optimizer, model=student, average=shadow)
-    log, average = Log(out / "log.jsonl", "transformer", first, steps), shadow.state_dict()
-    for step in log.bar:
-        rng = rng_for(seed, "transformer", step)
-        rows = torch.from_numpy(rng.integers(len(pictures), size=batch))
-        tokens, ids = pictures[rows].long(), texts[rows].long()
-        ids = torch.where(torch.from_numpy(rng.random(batch) < dropout)[:, None], empty, ids)
-        mask, rates = sample_mask(rng, batch, tokens[0].numel())
-        # The plain attention trains 1.2x faster on a CPU than the flash kernel at these lengths.
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            loss = student(ids, tokens, torch.from_numpy(mask), torch.from_numpy(rates), size)
-        update(optimizer, loss, student.parameters(), learning_rate(step, steps, lr))
-        with torch.no_grad():                                              # EMA, quick at first
-            decay = min(0.999, (step + 1) / (step + 10))
-            for k, v in student.state_dict().items():
-                average[k].lerp_(v, 1 - decay)
-        log.add(step, loss=loss.detach(), rate=rates.mean())
-        if step % 500 == 499 or step == steps - 1:
-            save_checkpoint(checkpoint, step + 1, optimizer, model=student.state_dict(), average=average)
-            save_model(out, shadow, size)
+    student = new_student(tokenizer).to(run.device)
+
+    def loss_of(model, step, rng):
+        index = torch.from_numpy(rng.integers(len(pictures), size=batch))
+        dropped = torch.from_numpy(rng.random(batch) < dropout)
+        mask, rates = (torch.from_numpy(a) for a in sample_mask(rng, batch, pictures[0].numel()))
+        total = int(mask.sum())                                              # of all processes: drawn by each alike
+        index, dropped, mask, rates = (run.part(a) for a in (index, dropped, mask, rates))
+        ids = torch.where(dropped[:, None], empty, texts[index].long())
+        there = lambda a: a.to(run.device, non_blocking=True)
+        loss, probe = model(there(ids), there(pictures[index].long()), there(mask), there(rates), size)
+        loss = loss * (run.world / total)                                    # data parallelism averages gradients
+        return loss + 0.3 * probe, dict(masked_loss=loss.detach(), rate=rates.mean())
+
+    def finish(shadow, step):
+        save_model(run.out, shadow, size)
+        if step and (step % run.look_every == 0 or step == steps):
+            print(f"\ntransformer step {step}:", look(run))
+
+    groups = decay_groups(student.transformer) + decay_groups(student.probe) + decay_groups(student.encoder, scale=0.3)
+    fit(run, "transformer", student, groups, loss_of, steps, lr, finish)
 
 
 def save_model(out, shadow, size):
@@ -354,41 +576,60 @@ def save_model(out, shadow, size):
 # ---------------------------------------------------------------------------------------------------------
 
 
-def main():
+def parse_arguments(argv):
     stages = ("tokenizer", *STAGES)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/shapes"), help="folder of the run (default: %(default)s)")
-    parser.add_argument("--stage", choices=stages, help="this stage alone (default: all in turn)")
-    parser.add_argument("--resume", action="store_true", help="go on from the run's checkpoints; finished stages are kept")
-    parser.add_argument("--seed", type=int, default=0, help="of every random choice (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="optimizer steps of the stage named by --stage (default: its preset)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
-    args = parser.parse_args()
-    if args.steps is not None:
-        if args.steps < 1 or args.stage not in STAGES:
-            parser.error("--steps is at least 1 and wants --stage vq or --stage transformer")
+    p = sample.Parser(prog="train.py", description=__doc__, formatter_class=sample.argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--out", type=Path, default=Path("runs/shapes"), help="folder of the run (default: %(default)s)")
+    p.add_argument("--stage", choices=stages, help="this stage alone (default: all in turn)")
+    p.add_argument("--resume", action="store_true", help="go on from the run's checkpoints; finished stages are kept")
+    p.add_argument("--seed", type=int, default=0, help="of every random choice (default: %(default)s)")
+    p.add_argument("--steps", type=sample.positive, help="optimizer steps of the stage named by --stage (default: its preset)")
+    p.add_argument("--save-every", type=sample.positive, default=500, help="steps between checkpoints (default: %(default)s)")
+    p.add_argument("--look-every", type=sample.positive, default=2000,
+                   help="steps between sheets of pictures and scores (default: %(default)s)")
+    p.add_argument("--device", help="cpu, cuda (default: cuda where there is one, else cpu)")
+    p.add_argument("--threads", type=sample.positive, help="CPU threads (default: PyTorch's choice)")
+    args = p.parse_args(argv)
+    if args.steps:
+        if args.stage not in STAGES:
+            p.error(f"--steps wants --stage, one of {', '.join(STAGES)}")
         STAGES[args.stage]["steps"] = args.steps
+    return args
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    args.out.mkdir(parents=True, exist_ok=True)
-    print(f"train: {args.out}, seed {args.seed}, CPU, bfloat16 autocast, {torch.get_num_threads()} threads")
     try:
-        for stage in [args.stage] if args.stage else stages:
-            run_stage(stage, args)
+        device, why = sample.choose_device(args.device)
+        run = Run(args.out, args.seed, device, args.resume, args.save_every, args.look_every)
+        if run.first:
+            print(f"run: {args.out} | device: {run.device} ({why}) | processes: {run.world} | dtype: bfloat16 autocast | "
+                  f"kernels: {kernels.path(run.device, torch.bfloat16)} | seed: {args.seed}")
+        for stage in [args.stage] if args.stage else ("tokenizer", *STAGES):
+            run_stage(stage, run)
     except KeyboardInterrupt:
-        sys.exit("\nstopped; --resume goes on from the last checkpoint")
-    except vq.CheckpointError as e:
-        parser.error(str(e))
+        print("\nstopped; --resume goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+    except (sample.UserError, vq.CheckpointError, OSError) as e:
+        print(f"train.py: error: {e}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
-def run_stage(stage, args):
-    """Run one stage; with --resume, what an earlier stage has finished is kept."""
-    if stage == "tokenizer" and not (args.resume and (args.out / "tokenizer").is_dir()):
-        train_tokenizer(args.seed).save_pretrained(args.out / "tokenizer")
-    elif stage == "vq" and not (args.resume and (args.out / "vqvae").is_dir()):
-        train_vq(args.out, args.seed, args.resume, **STAGES[stage])
-    elif stage == "transformer":
-        train_transformer(args.out, args.seed, args.resume, **STAGES[stage])
+def run_stage(stage, run):
+    """Run one stage; with resume, a tokenizer that is there is kept, and trainings go on."""
+    if stage == "tokenizer":
+        if run.first and not (run.resume and (run.out / "tokenizer").is_dir()):
+            train_tokenizer(run.seed).save_pretrained(run.out / "tokenizer")
+        run.wait()
+    elif stage == "vq":
+        train_vq(run, **STAGES[stage])
+    else:
+        train_transformer(run, **STAGES[stage])
 
 
 if __name__ == "__main__":

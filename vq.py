@@ -160,6 +160,7 @@ def write_whole(path, write):
     beside = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
     try:
         write(beside)
+        beside.chmod(0o644)                                           # safetensors makes files for the owner alone
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)

@@ -1,0 +1,475 @@
+"""Training: its pieces, and a tiny run of all stages with frozen first losses."""
+import copy
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from common import ROOT, tiny_transformer
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import clip
+import meissonic
+import sample
+import train
+import vq
+
+# ---------------------------------------------------------------------------------------------------------
+# Pieces
+
+
+def test_decay_groups():
+    """Weight decay on matrices and kernels; none on biases, norms and embeddings; every parameter in one group."""
+    student = tiny_student()
+    for module in (student, vq.VQModel(vq.Config(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4))):
+        decayed, rest = train.decay_groups(module)
+        assert decayed["weight_decay"] == 0.01 and rest["weight_decay"] == 0
+        names = {id(p): n for n, p in module.named_parameters()}
+        assert sorted(names) == sorted(id(p) for g in (decayed, rest) for p in g["params"])
+        spared = {names[id(p)] for p in rest["params"]}
+        assert spared == {n for n in names.values() if n.endswith("bias") or "norm" in n and ".linear." not in n or "embedding" in n
+                          and not n.startswith(("transformer.time_text_embed", "transformer.embed.conv",
+                                                "transformer.cond_embed"))}
+
+
+def test_learning_rate():
+    """Up to the peak in a straight line, then down a cosine to 2% of it."""
+    rate = [train.learning_rate(i, 1000, 0.5) for i in range(1000)]
+    assert np.isclose(rate[0], 0.5 / 100, rtol=1e-3) and np.isclose(rate[49], 0.25, rtol=0.01)
+    assert 0.95 * 0.5 < max(rate) <= 0.5 and rate.index(max(rate)) == 99
+    assert all(a > b for a, b in zip(rate[99:], rate[100:])) and np.isclose(rate[-1], 0.02 * 0.5, rtol=0.01)
+    assert np.isclose(rate[500], 0.51 * 0.5, rtol=0.01)
+
+
+def test_k_means_finds_clusters():
+    g = torch.Generator().manual_seed(0)
+    points = (10 * torch.eye(4)[:, None] + 0.1 * torch.randn(4, 50, 4, generator=g)).flatten(0, 1)
+    centres = train.k_means(points, 8, np.random.default_rng(0))
+    assert centres.shape == (8, 4) and centres.isfinite().all()
+    distance = torch.cdist(points, centres).min(1).values
+    assert distance.max() < 1
+
+
+def test_k_means_with_fewer_points_than_centres():
+    points = torch.randn(5, 3)
+    centres = train.k_means(points, 16, np.random.default_rng(0))
+    assert centres.shape == (16, 3) and centres.isfinite().all() and torch.cdist(points, centres).min(1).values.max() < 1
+
+
+def test_revive_moves_unused_codes_to_the_data():
+    book, latents = torch.arange(8.0)[:, None].repeat(1, 2), 100 + torch.rand(20, 2)
+    used = torch.tensor([1.0, 0, 3, 0, 1, 1, 1, 0])
+    before = book.clone()
+    miss = torch.arange(20.0)
+    train.revive(book, used, latents, miss, np.random.default_rng(0))
+    assert torch.equal(book[used > 0], before[used > 0])
+    served_worst = latents[-4 * 3:]
+    assert all((served_worst == row).all(1).any() for row in book[used == 0])
+
+
+def test_distinct_keeps_one_point_of_each_cell():
+    """A flat ground, seen 1000 times with a little noise, counts as few points; what is rare is kept."""
+    g = torch.Generator().manual_seed(0)
+    flat, rare = 0.01 * torch.randn(1000, 3, generator=g), 5 + torch.arange(12.0).reshape(4, 3)
+    kept = train.distinct(torch.cat((flat, rare)))
+    assert len(kept) <= 12 and all((kept == row).all(1).any() for row in rare)
+
+
+def test_revive_with_nothing_to_do():
+    book = torch.rand(4, 2)
+    before = book.clone()
+    train.revive(book, torch.ones(4), torch.rand(9, 2), torch.rand(9), np.random.default_rng(0))
+    assert torch.equal(book, before)
+
+
+def tiny_student():
+    torch.manual_seed(0)
+    encoder = clip.TextEncoder(clip.Config(hidden_size=12, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+                                           projection_dim=16, max_position_embeddings=6, vocab_size=20, eos_token_id=19))
+    transformer = copy.deepcopy(tiny_transformer()).requires_grad_(True).train()
+    return train.Student(encoder, transformer)
+
+
+def tiny_batch(seed=0, batch=4):
+    g = torch.Generator().manual_seed(seed)
+    ids, tokens = torch.randint(19, (batch, 6), generator=g), torch.randint(40, (batch, 4, 4), generator=g)
+    mask, rates = train.sample_mask(np.random.default_rng(seed), batch, 16)
+    return ids, tokens, torch.from_numpy(mask), torch.from_numpy(rates)
+
+
+def test_loss_is_the_cross_entropy_of_the_masked_tokens():
+    student = tiny_student()
+    ids, tokens, mask, rates = tiny_batch()
+    hidden, pooled = student.encoder(ids)
+    micro = torch.tensor([[SIZE, SIZE, 0.0, 0.0, train.SCORE]] * len(ids))
+    shown = torch.where(mask.view(tokens.shape), student.transformer.config.mask_token, tokens)
+    time = torch.tensor([meissonic.timestep("rate", 0, 1, int(m.sum()), m.numel()) for m in mask])
+    logits = student.transformer(shown, hidden, pooled, micro, time)
+    loss = F.cross_entropy(logits.flatten(1, 2)[mask], tokens.flatten(1)[mask], reduction="sum")
+    torch.testing.assert_close(student(ids, tokens, mask, rates, SIZE)[0], loss)
+
+
+def test_loss_does_not_see_what_is_masked():
+    """The gradient of the embeddings of codes that are nowhere shown is zero: no label leaks into the input."""
+    student = tiny_student()
+    ids, _, mask, rates = tiny_batch()
+    hidden_code, shown_code = torch.tensor(5), torch.tensor(6)
+    tokens = torch.where(mask.view(-1, 4, 4), hidden_code, shown_code)
+    student(ids, tokens, mask, rates, SIZE)[0].backward()
+    grad = student.transformer.embed.embeddings.weight.grad
+    assert grad[5].abs().sum() == 0 and grad[6].abs().sum() > 0 and grad[student.transformer.config.mask_token].abs().sum() > 0
+
+
+def test_every_parameter_is_trained():
+    student = tiny_student()
+    sum(student(*tiny_batch(), SIZE)).backward()
+    idle = [n for n, p in student.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    text_key = lambda n: n.endswith("self_attn.qkv.bias")                                # softmax does not see a key's bias
+    assert [n for n in idle if not text_key(n)] == []
+
+
+def test_overfitting_one_batch():
+    student, batch = tiny_student(), tiny_batch()
+    optimizer = torch.optim.AdamW(train.decay_groups(student))
+    losses = []
+    for _ in range(150):
+        loss = student(*batch, SIZE)[0] / batch[2].sum()
+        optimizer.zero_grad()
+        loss.backward()
+        train.set_rate(optimizer, 1e-2)
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > 3 and losses[-1] < 0.2, losses[::15]
+
+
+def test_fresh_blocks_are_the_identity(monkeypatch):
+    shrink(monkeypatch)
+    student = train.new_student(SimpleNamespace(bpe=SimpleNamespace(get_vocab=lambda: {clip.END: 19})))
+    norms = [m for m in student.modules() if isinstance(m, meissonic.AdaNorm)]
+    assert len(norms) == 3 and not any(p.any() for m in norms for p in m.parameters())
+
+
+def test_the_tokenizer_knows_the_words_of_the_world():
+    """Each word of the world is one token, any other text is still covered, and the special tokens come last."""
+    tokenizer = train.train_tokenizer(0)
+    words = ("red orange yellow green blue purple black white circle circles square triangle star stars hearts diamond "
+             "crosses arrows letter letters small large two three four left right above below background picture drawing").split()
+    for word in words:
+        assert len(tokenizer.bpe.encode(word, add_special_tokens=False).ids) == 1, word
+    size = tokenizer.bpe.get_vocab_size()
+    assert (tokenizer.start, tokenizer.end) == (size - 2, size - 1) and size <= 1024
+    assert (tokenizer(["Zebra, 7 €!"]) == tokenizer.end).sum() == tokenizer.length - 2 - (
+        len(tokenizer.bpe.encode("Zebra, 7 €!", add_special_tokens=False).ids) - 1)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# A tiny run of all stages
+
+
+SIZE, STEPS, SAVE = 16, 30, 10
+
+
+def shrink(patch):
+    """Make train.py's models and stages tiny."""
+    patch.setattr(train, "VQ_CONFIG", vq.Config(block_out_channels=(8, 8), layers_per_block=1, latent_channels=4,
+                                                num_vq_embeddings=32, norm_num_groups=4))
+    patch.setattr(train, "TRANSFORMER_CONFIG", meissonic.Config(
+        num_layers=1, num_single_layers=1, num_attention_heads=2, attention_head_dim=8, joint_attention_dim=16,
+        pooled_projection_dim=16, axes_dims_rope=(2, 2, 4), codebook_size=32, vocab_size=33))
+    patch.setattr(train, "text_config", lambda vocabulary: clip.Config(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, projection_dim=16,
+        max_position_embeddings=train.TEXT_LENGTH, vocab_size=len(vocabulary), eos_token_id=vocabulary[clip.END]))
+    patch.setattr(train, "STAGES", {"vq": dict(size=SIZE, steps=STEPS, batch=8, lr=2e-3, warm=5, pool=64),
+                                    "transformer": dict(size=SIZE, steps=STEPS, batch=8, lr=1e-3, stock=200)})
+
+
+# What a process of its own runs: train.py with the tiny stages. STOP kills it in the middle of a checkpoint's write.
+TINY = """
+import os, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import pytest, test_train, train, vq
+test_train.shrink(pytest.MonkeyPatch())
+if os.environ.get("KILL_AT_SAVE"):
+    write, saves = vq.save_file, []
+    def save_and_die(tensors, path, **options):
+        saves.append(path)
+        write(tensors, path, **options)
+        if len(saves) == int(os.environ["KILL_AT_SAVE"]):
+            os.truncate(path, 1000)
+            os.kill(os.getpid(), 9)
+    train.save_file = save_and_die
+train.main(sys.argv[1:])
+"""
+
+
+def tiny(tmp_path):
+    script = tmp_path / "tiny.py"
+    script.write_text(TINY.format(root=str(ROOT), tests=str(ROOT / "tests")))
+    return str(script)
+
+
+def start(arguments, **environment):
+    return subprocess.Popen([sys.executable, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+
+
+def command(*arguments):
+    train.main([*map(str, arguments), "--look-every", "1000", "--save-every", str(SAVE)])
+
+
+def losses(out, stage=None):
+    """{(stage, step): loss} of a run's log."""
+    entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return {(e["stage"], e["step"]): e["loss"] for e in entries if "event" not in e and stage in (None, e["stage"])}
+
+
+def same_files(a, b, *files):
+    for file in files:
+        mine, theirs = load_file(a / file), load_file(b / file)
+        assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine), file
+
+
+RESULTS = ("vqvae/diffusion_pytorch_model.safetensors", "transformer/diffusion_pytorch_model.safetensors",
+           "text_encoder/model.safetensors", "vq.checkpoint.safetensors", "transformer.checkpoint.safetensors")
+
+
+IDS = []                                                       # the captions' tokens of every transformer step of `run`
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """All stages in a folder, each step logged."""
+    out, forward = tmp_path_factory.mktemp("train") / "run", train.Student.forward
+    with pytest.MonkeyPatch.context() as patch:
+        shrink(patch)
+        patch.setattr(train.Student, "forward", lambda self, ids, *rest: (IDS.append(ids), forward(self, ids, *rest))[1])
+        patch.setattr(train, "look", lambda run: {})
+        patch.setattr(train.Log.__init__, "__defaults__", (1,))
+        command("--out", out, "--seed", 3)
+    return out
+
+
+def test_first_losses(run):
+    """Frozen: a change of the data, the models, their initialisation or the losses shows here. The bound leaves room
+    for another processor's bfloat16 alone."""
+    seen = losses(run)
+    assert np.allclose([seen["vq", i] for i in (1, 2, 3)], FIRST_VQ, atol=0.01), seen
+    assert np.allclose([seen["transformer", i] for i in (1, 2, 3)], FIRST_TRANSFORMER, atol=0.03), seen
+
+
+FIRST_VQ = (0.613, 0.865, 0.591)
+FIRST_TRANSFORMER = (4.71, 4.66, 4.58)
+
+
+def test_losses_fall(run):
+    for stage, drop in (("vq", 0.05), ("transformer", 0.1)):
+        seen = losses(run, stage)
+        assert len(seen) == STEPS and seen[stage, STEPS] < seen[stage, 1] - drop
+
+
+def test_what_a_run_leaves(run):
+    """Logs, the loss curves, and a checkpoint folder in half precision that draws."""
+    assert {"log.jsonl", "loss.png", "model_index.json", "stock.safetensors"} < {p.name for p in run.iterdir()}
+    assert not [p for p in run.rglob(".*")]
+    stock = load_file(run / "stock.safetensors")
+    assert stock["tokens"].shape == (200, 8, 8) and stock["text"].shape == (200, train.TEXT_LENGTH)
+    pipeline = sample.Pipeline(run)
+    assert pipeline.size == (SIZE, SIZE) and pipeline.convention == "rate" and pipeline.score_condition == train.SCORE
+    picture, = pipeline(["a red circle"], [0])
+    assert picture.size == (SIZE, SIZE)
+    for result in RESULTS[:3]:
+        with safe_open(run / result, framework="pt") as file:
+            assert {file.get_slice(k).get_dtype() for k in file.keys()} == {"F16"}
+
+
+def test_captions_are_dropped_one_time_in_ten(run):
+    tokenizer = clip.Tokenizer.from_pretrained(run / "tokenizer")
+    empty = (torch.cat(IDS) == tokenizer([""])).all(1).double()
+    assert len(empty) == 8 * STEPS and abs(empty.mean() - 0.1) < 4 * np.sqrt(0.09 / len(empty))
+
+
+def test_the_result_is_the_average(run):
+    """What is saved are the averaged weights, not the last ones."""
+    flat = load_file(run / "transformer.checkpoint.safetensors")
+    model = meissonic.Transformer.from_pretrained(run / "transformer").state_dict()
+    name = "project_to_hidden.weight"
+    assert torch.equal(model[name], flat[f"shadow.transformer.{name}"].half().float())
+    assert not torch.equal(flat[f"shadow.transformer.{name}"], flat[f"student.transformer.{name}"])
+
+
+def test_the_sheet_and_the_scores(run, tmp_path, monkeypatch):
+    out = shutil.copytree(run, tmp_path / "run")
+    scores = train.look(train.Run(out), number=1)
+    assert {*scores} == {"single", "two", "counting", "colours", "position", "attribution", "unseen", "overall"}
+    assert (out / "sheet.png").is_file()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Never losing a run
+
+
+def test_killed_inside_a_write_then_resumed_equals_uninterrupted(run, tmp_path):
+    """kill -9 in the middle of writing a checkpoint, in either stage: the one before is whole, and going on from it
+    gives the uninterrupted run's weights, averages and moments bit for bit."""
+    out = tmp_path / "run"
+    arguments = [tiny(tmp_path), "--out", out, "--seed", "3", "--save-every", SAVE, "--look-every", "1000", "--threads", "1"]
+    for kill in ("3", "2"):
+        process = start([*arguments, "--resume"], KILL_AT_SAVE=kill)
+        process.communicate()
+        assert process.returncode == -9
+    done = start([*arguments, "--resume"])
+    out_text, err = done.communicate()
+    assert done.returncode == 0, err
+    same_files(run, out, *RESULTS)
+
+
+@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))
+def test_a_signal_saves_first(run, tmp_path, monkeypatch, number):
+    """SIGTERM and Ctrl-C during step 13 leave the checkpoint of step 13."""
+    shrink(monkeypatch)
+    out = tmp_path / "run"
+    shutil.copytree(run / "tokenizer", out / "tokenizer")
+    rate = train.learning_rate
+    monkeypatch.setattr(train, "learning_rate",
+                        lambda step, *a: (signal.raise_signal(number) if step == 12 else None, rate(step, *a))[1])
+    with pytest.raises(SystemExit) as caught:
+        command("--out", out, "--seed", 3, "--stage", "vq")
+    assert caught.value.code == 130
+    with safe_open(out / "vq.checkpoint.safetensors", framework="pt") as file:
+        assert file.metadata()["step"] == "13"
+    monkeypatch.setattr(train, "learning_rate", rate)
+    command("--out", out, "--seed", 3, "--stage", "vq", "--resume")
+    same_files(run, out, RESULTS[0], RESULTS[3])
+
+
+def test_non_finite_steps_are_dropped_then_the_checkpoint_reloaded(run, tmp_path, monkeypatch):
+    """One bad step is dropped; three in a row bring back step 10 and other data; the run ends well."""
+    shrink(monkeypatch)
+    out = tmp_path / "run"
+    shutil.copytree(run / "tokenizer", out / "tokenizer")
+    forward, calls = train.VQStudent.forward, []
+
+    def poisoned(self, images, quantise):
+        calls.append(images)
+        loss, *rest = forward(self, images, quantise)
+        return (loss * (float("nan") if len(calls) in (5, 14, 15, 16) else 1), *rest)
+
+    monkeypatch.setattr(train.VQStudent, "forward", poisoned)
+    command("--out", out, "--seed", 3, "--stage", "vq")
+    events = [e for e in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "event" in e]
+    assert [(e["step"], e["event"]) for e in events] == \
+        [(5, "dropped"), (14, "dropped"), (15, "dropped"), (16, "dropped"), (10, "reloaded")]
+    assert len(calls) == STEPS + 6 and not torch.equal(calls[10], calls[16])
+    weights = load_file(out / "vq.checkpoint.safetensors")
+    assert all(w.isfinite().all() for w in weights.values())
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(run, tmp_path, monkeypatch, capsys):
+    shrink(monkeypatch)
+    out = tmp_path / "run"
+    shutil.copytree(run / "tokenizer", out / "tokenizer")
+    write, saves = train.save_file, []
+
+    def full(tensors, path, **options):
+        saves.append(path)
+        if len(saves) == 3:
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        write(tensors, path, **options)
+
+    monkeypatch.setattr(train, "save_file", full)
+    with pytest.raises(SystemExit) as caught:
+        command("--out", out, "--seed", 3, "--stage", "vq")
+    assert caught.value.code == 2 and "No space left" in capsys.readouterr().err
+    with safe_open(out / "vq.checkpoint.safetensors", framework="pt") as file:
+        assert file.metadata()["step"] == "10"
+    assert not [p for p in out.rglob(".*")]
+
+
+def test_resuming_a_finished_run_changes_nothing(run, tmp_path, monkeypatch):
+    shrink(monkeypatch)
+    out = shutil.copytree(run, tmp_path / "run")
+    command("--out", out, "--seed", 3, "--resume")
+    same_files(run, out, *RESULTS, "stock.safetensors")
+
+
+def test_a_broken_checkpoint_is_named(tmp_path, monkeypatch, capsys):
+    shrink(monkeypatch)
+    (tmp_path / "vq.checkpoint.safetensors").write_bytes(b"half")
+    with pytest.raises(SystemExit) as caught:
+        command("--out", tmp_path, "--stage", "vq", "--resume")
+    assert caught.value.code == 2 and "vq.checkpoint.safetensors" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------
+# At scale
+
+
+def test_two_processes_equal_one(run, tmp_path):
+    """Data parallel over two gloo processes: the same global batches, the same losses to 1e-5; one process writes."""
+    found = {}
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        shutil.copytree(run, out, ignore=lambda folder, names: [n for n in names if n.startswith(("transformer", "log"))])
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+        script = Path(tiny(tmp_path)).read_text().replace("train.main", """
+train.Log.__init__.__defaults__ = (1,)
+train.Run.precision = lambda self: __import__("contextlib").nullcontext()            # float32: bfloat16 rounds to 1e-3
+train.main""")
+        (tmp_path / "exact.py").write_text(script)
+        process = start([*launcher, tmp_path / "exact.py", "--out", out, "--seed", 3, "--stage", "transformer", "--resume",
+                         "--steps", 12, "--look-every", 1000, "--save-every", 100])
+        _, err = process.communicate()
+        assert process.returncode == 0, err
+        found[processes] = losses(out, "transformer")
+    assert len(found[1]) == len(found[2]) == 12
+    for key in found[1]:
+        assert abs(found[1][key] - found[2][key]) <= 1e-5 + 1e-5 * abs(found[1][key]), (key, found)
+
+
+def test_each_process_reads_its_own_part(monkeypatch):
+    """The slices of a global batch are disjoint and cover it; a batch that does not divide is refused."""
+    parts = []
+    for rank in range(4):
+        run = object.__new__(train.Run)
+        run.rank, run.world = rank, 4
+        parts += run.part(np.arange(12)).tolist()
+    assert sorted(parts) == list(range(12))
+    with pytest.raises(vq.CheckpointError, match="4 processes"):
+        run.part(np.arange(10))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The command line
+
+
+@pytest.mark.parametrize("arguments", (["--steps", "0", "--stage", "vq"], ["--steps", "5"], ["--stage", "nothing"],
+                                       ["--steps", "5", "--stage", "tokenizer"], ["--speed", "1"], ["--device", "nothing"]))
+def test_bad_arguments(arguments, tmp_path, monkeypatch, capsys):
+    shrink(monkeypatch)
+    with pytest.raises(SystemExit) as caught:
+        command("--out", tmp_path / "run", *arguments)
+    assert caught.value.code == 2 and not (tmp_path / "run").exists()
+    error = capsys.readouterr().err
+    assert "Traceback" not in error and len(error.strip().splitlines()) == 1
+
+
+def test_a_stage_without_what_it_needs(tmp_path, monkeypatch, capsys):
+    shrink(monkeypatch)
+    with pytest.raises(SystemExit) as caught:
+        command("--out", tmp_path / "run", "--stage", "transformer")
+    assert caught.value.code == 2 and "tokenizer" in capsys.readouterr().err
+
+
+def test_help():
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--resume" in done.stdout
