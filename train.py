@@ -2,6 +2,7 @@
 
     python train.py --out runs/shapes              # all stages in turn; --resume goes on after any interruption
     python train.py --out runs/shapes --stage vq   # one stage: tokenizer, vq, transformer
+    python train.py --out runs/more --init runs/shapes       # train a model's transformer and text encoder further
     torchrun --nproc_per_node=8 train.py           # data parallel, on one node or many
     python sample.py --model runs/shapes --prompt "a red circle"
 
@@ -75,8 +76,8 @@ def text_config(vocabulary):
 class Run:
     """A run's folder and settings, and its place among the processes that torchrun started (one without it)."""
 
-    def __init__(self, out, seed=0, device="cpu", resume=False, save_every=500, look_every=2000):
-        self.out, self.seed, self.resume = Path(out), seed, resume
+    def __init__(self, out, seed=0, device="cpu", resume=False, init=None, save_every=500, look_every=2000):
+        self.out, self.seed, self.resume, self.init = Path(out), seed, resume, init
         self.save_every, self.look_every = save_every, look_every
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = torch.device(device)
@@ -533,7 +534,11 @@ def train_transformer(run, size, steps, batch, lr, stock, dropout=0.1):
         pictures, texts = file.get_tensor("tokens"), file.get_tensor("text")
     tokenizer = clip.Tokenizer.from_pretrained(run.out / "tokenizer")
     empty = tokenizer([""])
-    student = new_student(tokenizer).to(run.device)
+    student = new_student(tokenizer)
+    if run.init:
+        student.encoder = clip.TextEncoder.from_pretrained(run.init / "text_encoder").train().requires_grad_(True)
+        student.transformer = meissonic.Transformer.from_pretrained(run.init / "transformer").train().requires_grad_(True)
+    student.to(run.device)
 
     def loss_of(model, step, rng):
         index = torch.from_numpy(rng.integers(len(pictures), size=batch))
@@ -582,6 +587,8 @@ def parse_arguments(argv):
     p.add_argument("--out", type=Path, default=Path("runs/shapes"), help="folder of the run (default: %(default)s)")
     p.add_argument("--stage", choices=stages, help="this stage alone (default: all in turn)")
     p.add_argument("--resume", action="store_true", help="go on from the run's checkpoints; finished stages are kept")
+    p.add_argument("--init", type=Path, metavar="FOLDER",
+                   help="start the transformer and the text encoder from this model; its tokenizer and VQ model are kept")
     p.add_argument("--seed", type=int, default=0, help="of every random choice (default: %(default)s)")
     p.add_argument("--steps", type=sample.positive, help="optimizer steps of the stage named by --stage (default: its preset)")
     p.add_argument("--save-every", type=sample.positive, default=500, help="steps between checkpoints (default: %(default)s)")
@@ -603,7 +610,7 @@ def main(argv=None):
         torch.set_num_threads(args.threads)
     try:
         device, why = sample.choose_device(args.device)
-        run = Run(args.out, args.seed, device, args.resume, args.save_every, args.look_every)
+        run = Run(args.out, args.seed, device, args.resume, args.init, args.save_every, args.look_every)
         if run.first:
             print(f"run: {args.out} | device: {run.device} ({why}) | processes: {run.world} | dtype: bfloat16 autocast | "
                   f"kernels: {kernels.path(run.device, torch.bfloat16)} | seed: {args.seed}")
@@ -621,10 +628,16 @@ def main(argv=None):
 
 
 def run_stage(stage, run):
-    """Run one stage; with resume, a tokenizer that is there is kept, and trainings go on."""
+    """Run one stage; with resume, a tokenizer that is there is kept, and trainings go on; with init, the tokenizer
+    and the VQ model are that model's."""
     if stage == "tokenizer":
         if run.first and not (run.resume and (run.out / "tokenizer").is_dir()):
-            train_tokenizer(run.seed).save_pretrained(run.out / "tokenizer")
+            source = clip.Tokenizer.from_pretrained(run.init / "tokenizer") if run.init else train_tokenizer(run.seed)
+            source.save_pretrained(run.out / "tokenizer")
+        run.wait()
+    elif stage == "vq" and run.init:
+        if run.first:
+            vq.VQModel.from_pretrained(run.init / "vqvae").save_pretrained(run.out / "vqvae", torch.float16)
         run.wait()
     elif stage == "vq":
         train_vq(run, **STAGES[stage])

@@ -313,6 +313,17 @@ def test_the_sheet_and_the_scores(run, tmp_path, monkeypatch):
     assert (out / "sheet.png").is_file()
 
 
+def test_init_goes_on_from_a_model(run, tmp_path, monkeypatch):
+    """The tokenizer and the VQ model are kept; with a learning rate of nearly nothing so are the other weights."""
+    shrink(monkeypatch)
+    monkeypatch.setitem(train.STAGES["transformer"], "lr", 1e-9)
+    monkeypatch.setitem(train.STAGES["transformer"], "steps", 2)
+    monkeypatch.setattr(train, "look", lambda run: {})
+    command("--out", tmp_path / "run", "--init", run)
+    same_files(run, tmp_path / "run", *RESULTS[:3])
+    assert (run / "tokenizer" / "vocab.json").read_bytes() == (tmp_path / "run" / "tokenizer" / "vocab.json").read_bytes()
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Never losing a run
 
