@@ -55,8 +55,8 @@ class Tokenizer:
             if (folder / name).is_file():
                 try:
                     config.update(json.loads((folder / name).read_text(encoding="utf-8")))
-                except ValueError:
-                    raise CheckpointError(f"{folder / name}: not a JSON file") from None
+                except (ValueError, TypeError):
+                    raise CheckpointError(f"{folder / name}: not a JSON object") from None
         try:
             if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
                 model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"),
@@ -72,7 +72,9 @@ class Tokenizer:
             raise CheckpointError(f"{folder}: the tokenizer cannot be read ({e})") from None
         pad = config.get("pad_token", END)
         length = config.get("model_max_length", 77)
-        return cls(bpe, length if length < 100_000 else 77, pad["content"] if isinstance(pad, dict) else pad)
+        if not isinstance(length, (int, float)) or length < 3:
+            raise CheckpointError(f"{folder / 'tokenizer_config.json'}: model_max_length {length!r} is not a number of tokens")
+        return cls(bpe, int(length) if length < 100_000 else 77, pad["content"] if isinstance(pad, dict) else pad)
 
     def save_pretrained(self, folder):
         """Write vocab.json, merges.txt and the two config files, as the published tokenizers have them."""
@@ -148,7 +150,9 @@ class Config(JsonConfig):
     @classmethod
     def from_dict(cls, raw, path="config"):
         if raw.get("model_type") == "clip":       # the full CLIP checkpoint: keep its text half
-            raw = {**raw.get("text_config", {}), "model_type": "clip_text_model", "projection_dim": raw["projection_dim"]}
+            if not isinstance(raw.get("text_config"), dict) or "projection_dim" not in raw:
+                raise CheckpointError(f"{path}: a CLIP config without text_config or projection_dim")
+            raw = {**raw["text_config"], "model_type": "clip_text_model", "projection_dim": raw["projection_dim"]}
         return super().from_dict(raw, path)
 
     def to_dict(self):
@@ -184,7 +188,7 @@ class Layer(nn.Module):
 
 
 class TextEncoder(Pretrained):
-    CONFIG, STEM = Config, "model"
+    CONFIG, STEM, TWIN = Config, "model", False
     PACKED = {"self_attn.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")}
     DROPPED = ("text_model.embeddings.position_ids", "vision_model.", "visual_projection.", "logit_scale")
 

@@ -304,8 +304,8 @@ def masked_counts(steps, tokens, schedule="cosine"):
     for i in range(1, steps + 1):
         angle = torch.tensor(math.pi / 2 * (i / steps))               # float32, as the official code: floor is sharp
         share = float(angle.cos()) if schedule == "cosine" else 1 - i / steps
-        least = 0 if i == steps or masked <= 1 else 1
-        masked = max(min(math.floor(tokens * share), masked - 1), least)
+        rest = max(math.floor(tokens * share), steps - i) if i < steps else 0     # one token for each step to come
+        masked = max(min(rest, masked - 1), 0)
         counts.append(masked)
     return counts
 

@@ -44,11 +44,11 @@ def complete(folder, dtype):
     try:
         for part in PARTS:
             vq.weight_files(folder / part, stem_of(part), wanted_dtype(part, dtype))
-            if not (folder / part / "config.json").is_file():
-                return False
     except vq.CheckpointError:
         return False
-    return (folder / "tokenizer").is_dir() and (folder / "scheduler" / "scheduler_config.json").is_file()
+    has = lambda *names: all((folder / name).is_file() for name in names)
+    return has(*(f"{part}/config.json" for part in PARTS), "scheduler/scheduler_config.json") and (
+        has("tokenizer/vocab.json", "tokenizer/merges.txt") or has("tokenizer/tokenizer.json"))
 
 
 def stem_of(part):
@@ -66,19 +66,29 @@ def hub_files(names, dtype):
     weights that vq.weight_files would take."""
     wanted = [n for n in names if n == "model_index.json" or n.startswith(("tokenizer/", "scheduler/"))]
     for part in PARTS:
-        mine = [n for n in names if n.startswith(part + "/") and n.count("/") == 1]
-        half = lambda n: ".fp16" in n
-        twins = [n for n in mine if half(n) and n.endswith((".safetensors", ".safetensors.index.json", ".index.fp16.json"))]
-        full = [n for n in mine if not half(n) and n.endswith((".safetensors", ".safetensors.index.json"))]
-        use_twin = twins and (not full or wanted_dtype(part, dtype) != torch.float32)
-        wanted += [f"{part}/config.json", *(twins if use_twin else full)]
+        stem = f"{part}/{stem_of(part)}"
+        full = weights_of(names, stem, "", f"{stem}.safetensors.index.json")
+        twin = weights_of(names, stem, ".fp16", f"{stem}.safetensors.index.fp16.json") or \
+            weights_of(names, stem, ".fp16", f"{stem}.fp16.safetensors.index.json")
+        wanted += [f"{part}/config.json", *(full or twin if wanted_dtype(part, dtype) == torch.float32 else twin or full)]
     return [n for n in wanted if n in names]
+
+
+def weights_of(names, stem, mark, index):
+    """The whole file, or an index with its shards, or nothing."""
+    if f"{stem}{mark}.safetensors" in names:
+        return [f"{stem}{mark}.safetensors"]
+    shards = [n for n in names if re.fullmatch(re.escape(stem + mark) + r"-\d+-of-\d+\.safetensors", n)]
+    return [index, *shards] if index in names else []
 
 
 def cached(repo, dtype):
     """The folder of a repository in the hub cache if it holds all that is needed, else None. No network."""
     from huggingface_hub import try_to_load_from_cache
-    index = try_to_load_from_cache(repo, "model_index.json")
+    try:
+        index = try_to_load_from_cache(repo, "model_index.json")
+    except ValueError as e:                                   # the hub's rules for names
+        raise UserError(f"--model {repo}: not a hub id ({e})") from None
     return Path(index).parent if isinstance(index, str) and complete(Path(index).parent, dtype) else None
 
 
@@ -145,6 +155,9 @@ class Pipeline:
         if self.encoder.config.hidden_size != config.joint_attention_dim or \
                 self.encoder.config.projection_dim != config.pooled_projection_dim:
             raise vq.CheckpointError(f"{folder}: text encoder and transformer do not fit each other")
+        if self.tokenizer.bpe.get_vocab_size() > self.encoder.config.vocab_size or \
+                self.tokenizer.length > self.encoder.config.max_position_embeddings:
+            raise vq.CheckpointError(f"{folder}: the tokenizer has more words or positions than the text encoder")
         if self.vq.config.num_vq_embeddings != config.codebook_size:
             raise vq.CheckpointError(f"{folder}: the VQ model has {self.vq.config.num_vq_embeddings} codes, "
                                      f"the transformer {config.codebook_size}")
@@ -153,14 +166,14 @@ class Pipeline:
     def read_scheduler(self, path):
         try:
             raw = json.loads(path.read_text())
-        except (OSError, ValueError):
-            raise vq.CheckpointError(f"{path}: missing or not JSON") from None
+            known = dict(raw.get("defaults", {}))
+        except (OSError, ValueError, TypeError, AttributeError):
+            raise vq.CheckpointError(f"{path}: missing, or not a scheduler's JSON") from None
         self.convention = raw.get("rate_condition", "step")
         if self.convention not in ("step", "rate", "rate1000"):
             raise vq.CheckpointError(f"{path}: unknown rate_condition {self.convention!r}")
         if raw.get("mask_token_id", self.transformer.config.mask_token) != self.transformer.config.mask_token:
             raise vq.CheckpointError(f"{path}: mask_token_id {raw['mask_token_id']} is not the transformer's last token")
-        known = raw.get("defaults", {})
         side = known.get("size", 1024 if self.transformer.config.downsample else 512)
         self.size = (side, side)
         self.steps, self.cfg = known.get("steps", 48), known.get("cfg", 9.0)
@@ -285,8 +298,8 @@ def choose_device(name):
         torch.empty(1, device=device)
         if device.type == "meta":
             raise RuntimeError("meta tensors hold no data")
-    except (RuntimeError, AssertionError) as e:
-        raise UserError(f"device {name!r} cannot be used: {str(e).splitlines()[0]}") from None
+    except (RuntimeError, AssertionError, ImportError) as e:
+        raise UserError(f"device {name!r} cannot be used: {str(e).splitlines()[0][:150]}") from None
     return device, "--device"
 
 
@@ -309,11 +322,14 @@ def read_prompts(args):
             raise UserError(f"--prompt-file {args.prompt_file}: cannot be read ({getattr(e, 'strerror', None) or 'not UTF-8'})") from None
         if not prompts:
             raise UserError(f"--prompt-file {args.prompt_file}: no prompts in it")
+    for prompt in (*prompts, args.negative):
+        if any("\ud800" <= c <= "\udfff" for c in prompt):                # what Python makes of bytes that are not UTF-8
+            raise UserError(f"prompt {prompt!r} is not valid UTF-8")
     return prompts or [DEFAULT_PROMPT]
 
 
 def output_paths(out, prompts, seeds):
-    """One path for each (prompt, seed); a folder is made here. Raises UserError if it cannot be written."""
+    """[(prompt, seed, path)]. Raises UserError if a path cannot be written; leaves nothing behind."""
     jobs = [(p, s) for p in prompts for s in seeds]
     if out.suffix.lower() == ".png" and len(jobs) > 1:
         raise UserError(f"--out {out} is one file, but {len(jobs)} pictures were asked for; name a folder")
@@ -321,10 +337,13 @@ def output_paths(out, prompts, seeds):
         raise UserError(f"--out {out}: pictures are written as .png")
     folder = out.parent if out.suffix.lower() == ".png" else out
     try:
+        missing = [p for p in (folder, *folder.parents) if not p.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".sample-{id(jobs)}"
         probe.touch()
         probe.unlink()
+        for made in missing:
+            made.rmdir()
     except OSError as e:
         raise UserError(f"--out {out}: cannot be written ({e.strerror})") from None
     if out.suffix.lower() == ".png":
@@ -335,7 +354,8 @@ def output_paths(out, prompts, seeds):
     names, paths = set(), []
     for i, (p, s) in enumerate(jobs):
         name = f"{slug(p)}-{s}"
-        name = f"{name}-{i}" if name in names else name                 # two prompts may share a slug
+        while name in names:                                             # two prompts may share a slug
+            name = f"{name}-{i}"
         names.add(name)
         paths.append((p, s, out / f"{name}.png"))
     return paths
@@ -344,7 +364,7 @@ def output_paths(out, prompts, seeds):
 def run(args):
     device, why_device = choose_device(args.device)
     dtype, why_dtype = choose_dtype(args.dtype, device)
-    if not -2 ** 63 <= args.seed < 2 ** 63 - args.n:
+    if not -2 ** 63 <= args.seed <= 2 ** 63 - args.n:
         raise UserError(f"--seed {args.seed} does not fit 64 bits")
     prompts, seeds = read_prompts(args), range(args.seed, args.seed + args.n)
     folder, why_model = find_model(args.model, device, dtype)
@@ -367,6 +387,7 @@ def run(args):
         bar = lambda steps: tqdm(steps, f"pictures {i + 1} to {i + len(part)} of {len(jobs)}" if len(jobs) > 1 else "steps")
         pictures = pipeline([p for p, _, _ in part], [s for _, s, _ in part], progress=bar, **settings)
         for picture, (_, _, path) in zip(pictures, part):
+            path.parent.mkdir(parents=True, exist_ok=True)
             vq.write_whole(path, lambda beside: picture.save(beside, "PNG"))
             print(f"wrote {path}")
 
@@ -382,7 +403,7 @@ def main(argv=None):
     except (torch.OutOfMemoryError, MemoryError):
         sys.exit(fail("out of memory: lower --size, --batch or --n, or use --dtype bfloat16"))
     except RuntimeError as e:
-        if "allocate memory" not in str(e):                 # what PyTorch's CPU allocator says
+        if not re.search("allocate memory|Storage size calculation overflowed", str(e)):     # PyTorch's words on a CPU
             raise
         sys.exit(fail("out of memory: lower --size, --batch or --n, or use --dtype bfloat16"))
     except KeyboardInterrupt:

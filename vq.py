@@ -56,7 +56,7 @@ class JsonConfig:
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k in known}
         try:
             return cls(**values)
-        except TypeError as e:
+        except (TypeError, ZeroDivisionError, CheckpointError) as e:
             raise CheckpointError(f"{path}: {e}") from None
 
     def to_dict(self):
@@ -70,8 +70,9 @@ class Pretrained(nn.Module):
     STEM    file name of the weights, without .safetensors
     PACKED  {suffix of one of our modules: suffixes of the published ones that it concatenates along dim 0}
     DROPPED prefixes of published tensors that are read by nobody
+    TWIN    whether the .fp16 twin of the published weights is sound
     """
-    CONFIG, STEM, PACKED, DROPPED = None, "diffusion_pytorch_model", {}, ()
+    CONFIG, STEM, PACKED, DROPPED, TWIN = None, "diffusion_pytorch_model", {}, (), True
 
     def __init__(self, config):
         super().__init__()
@@ -102,9 +103,13 @@ class Pretrained(nn.Module):
         folder = Path(folder)
         if not (folder / "config.json").is_file():
             raise CheckpointError(f"{folder}: not a checkpoint folder (no config.json)")
-        with torch.device("meta"):
-            model = cls(cls.CONFIG.from_json(folder / "config.json"))
-        model.load_tensors(weight_files(folder, cls.STEM, dtype), dtype, device)
+        config = cls.CONFIG.from_json(folder / "config.json")
+        try:
+            with torch.device("meta"):
+                model = cls(config)
+        except (TypeError, ValueError, ZeroDivisionError, RuntimeError) as e:       # widths that do not divide, and the like
+            raise CheckpointError(f"{folder / 'config.json'}: no model can be built from it ({e})") from None
+        model.load_tensors(weight_files(folder, cls.STEM, dtype if cls.TWIN else torch.float32), dtype, device)
         return model.eval().requires_grad_(False)
 
     def load_tensors(self, files, dtype, device):
@@ -179,10 +184,10 @@ def weight_files(folder, stem, dtype=torch.float32):
             return [folder / name]
         try:
             shards = sorted(set(json.loads((folder / name).read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError):
+        except (ValueError, KeyError, AttributeError, TypeError):
             raise CheckpointError(f"{folder / name}: not a shard index") from None
         for shard in shards:
-            if Path(shard).name != shard or not (folder / shard).is_file():
+            if not isinstance(shard, str) or Path(shard).name != shard or not (folder / shard).is_file():
                 raise CheckpointError(f"{folder / name}: shard {shard!r} is missing")
         return [folder / shard for shard in shards]
     raise CheckpointError(f"{folder}: no {full[0]} in it")

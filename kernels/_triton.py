@@ -1,4 +1,6 @@
-"""Triton where it exists. Without it (macOS, Windows) the kernels below `@jit` are plain functions that nobody calls."""
+"""Triton where it exists. Without it (macOS, Windows) what stands below `@jit` is a plain function that nobody calls."""
+import torch
+
 try:
     import triton
     import triton.language as tl
@@ -13,12 +15,14 @@ def jit(function=None, **options):
     return function if function is not None else lambda f: f
 
 
+INTERPRETED = triton is not None and triton.knobs.runtime.interpret         # settled when `@jit` runs, so once
+
+
 def interpreted():
-    """Whether kernels run in Triton's interpreter, on the CPU (TRITON_INTERPRET=1 when triton was imported)."""
-    return triton is not None and triton.knobs.runtime.interpret
+    """Whether kernels run in Triton's interpreter, on the CPU: TRITON_INTERPRET=1 when they were defined."""
+    return INTERPRETED
 
 
 def capability(device):
     """(major, minor) of a CUDA device, e.g. (9, 0); None on the CPU."""
-    import torch
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None

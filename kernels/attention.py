@@ -54,14 +54,14 @@ def attention_plain(text, image, text_norms, image_norms, cos, sin):
 
 
 @jit
-def attend(q, o, m, l, k, k_r, v, w, cos, sin, rows, D, eps,
+def attend(q, o, m, l, k, v, stride, w, cos, sin, rows, D, eps,
            ROTATE: tl.constexpr, DP: tl.constexpr, COLUMNS: tl.constexpr):
     """Queries q (ROWS, DP) over all rows of one stream: o (ROWS, DP), m and l (ROWS,) before -> after.
-    k, v: pointers to the stream's first row, k_r its stride of rows, w (1, DP) the weight of its norm."""
+    k, v: pointers to the stream's first row, stride from row to row, w (1, DP) the weight of its norm."""
     d = tl.arange(0, DP)[None, :]
     for start in range(0, rows, COLUMNS):
         row = start + tl.arange(0, COLUMNS)
-        at, inside = row[:, None].to(tl.int64) * k_r + d, (row < rows)[:, None] & (d < D)
+        at, inside = row[:, None].to(tl.int64) * stride + d, (row < rows)[:, None] & (d < D)
         y = tl.load(k + at, mask=inside, other=0.0).to(tl.float32)                       # (COLUMNS, DP)
         y = y * inverse_rms(y, D, eps) * w
         if ROTATE:
@@ -91,7 +91,7 @@ def attention_kernel(text, text_b, text_r, text_p, text_h,             # (B, L, 
                                                 image, image_b, image_r, image_p, image_h, L, N, ROWS)
     row, d = first + tl.arange(0, ROWS), tl.arange(0, DP)[None, :]
     inside = (row < rows)[:, None] & (d < D)
-    y = tl.load(x + row[:, None] * stride + d, mask=inside, other=0.0).to(tl.float32)                            # (ROWS, DP)
+    y = tl.load(x + row[:, None] * stride + d, mask=inside, other=0.0).to(tl.float32)    # (ROWS, DP)
     y = y * inverse_rms(y, D, eps) * tl.load((text_wq if is_text else image_wq) + d, mask=d < D, other=0.0)
     c, s = load_rotation(cos, sin, row, (row < rows) & (is_text == 0), D, DP)
     q = (rotate_pairs(y, c, s) * scale).to(out.dtype.element_ty)
@@ -100,10 +100,10 @@ def attention_kernel(text, text_b, text_r, text_p, text_h,             # (B, L, 
     m = tl.full((ROWS,), float("-inf"), tl.float32)
     text += batch * text_b + head * text_h
     image += batch * image_b + head * image_h
-    wk = tl.load(text_wk + d, mask=d < D, other=0.0)
-    o, m, l = attend(q, o, m, l, text + text_p, text_r, text + 2 * text_p, wk, cos, sin, L, D, eps, False, DP, COLUMNS)
-    wk = tl.load(image_wk + d, mask=d < D, other=0.0)
-    o, m, l = attend(q, o, m, l, image + image_p, image_r, image + 2 * image_p, wk, cos, sin, N, D, eps, True, DP, COLUMNS)
+    w = tl.load(text_wk + d, mask=d < D, other=0.0)
+    o, m, l = attend(q, o, m, l, text + text_p, text + 2 * text_p, text_r, w, cos, sin, L, D, eps, False, DP, COLUMNS)
+    w = tl.load(image_wk + d, mask=d < D, other=0.0)
+    o, m, l = attend(q, o, m, l, image + image_p, image + 2 * image_p, image_r, w, cos, sin, N, D, eps, True, DP, COLUMNS)
 
     joint = batch * (L + N) + tl.where(is_text, row, row + L)                            # row of (B S)
     tl.store(out + (joint * H + head)[:, None] * D + d, o / l[:, None], mask=inside)
@@ -126,7 +126,7 @@ def attention_fused(text, image, text_norms, image_norms, cos, sin):
     blocks = triton.cdiv(L, config["ROWS"]) + triton.cdiv(N, config["ROWS"])
     attention_kernel[(blocks, H, B)](
         text, *text.stride()[:4], image, *image.stride()[:4], *text_norms, *image_norms, cos, sin, out, L, N, H, D,
-        1.4426950408889634 / D ** 0.5, EPS, DP=triton.next_power_of_2(D), **config)
+        1.4426950408889634 / D ** 0.5, EPS, DP=max(16, triton.next_power_of_2(D)), **config)
     return out
 
 

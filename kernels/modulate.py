@@ -72,7 +72,8 @@ def modulate_kernel(x, x_b, x_r,                       # (B, S, C), strides of B
         v = rounded.to(tl.float32)
     n, _ = layer_norm(v, inside, C, eps)
     one_scale = 1 + tl.load(scale + b * scale_b + c, mask=c < C, other=0.0).to(tl.float32)
-    tl.store(h + to, n * one_scale + tl.load(shift + b * shift_b + c, mask=c < C, other=0.0).to(tl.float32), mask=inside)
+    offset = tl.load(shift + b * shift_b + c, mask=c < C, other=0.0).to(tl.float32)
+    tl.store(h + to, n * one_scale + offset, mask=inside)
 
 
 @jit(do_not_specialize=["S"])
@@ -109,7 +110,8 @@ def modulate_backward_kernel(x, x_b, x_r,              # (B, S, C): x' with RESI
             dgate += tl.sum(tl.where(inside, d * z, 0.0), 0)[None, :]
         tl.store(dx + at, d, mask=inside)
 
-    to, other = (b * tl.num_programs(0) + tl.program_id(0)) * C + c, tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * C
+    to = (b * tl.num_programs(0) + tl.program_id(0)) * C + c                             # (1, CP)
+    other = tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * C                     # from dshift to dscale to dgate
     tl.store(shares + to, dshift, mask=c < C)
     tl.store(shares + other + to, dscale, mask=c < C)
     tl.store(shares + 2 * other + to, dgate, mask=c < C)
@@ -119,10 +121,15 @@ def modulate_backward_kernel(x, x_b, x_r,              # (B, S, C): x' with RESI
 # Autograd and the public functions
 
 
-def tile(width):
-    """Block sizes: at least 4096 numbers in a tile, 16 for each thread of 8 warps, or one row."""
+def tile(width, numbers=4096):
+    """Block sizes: as many rows as make up `numbers`, 16 for each thread of 8 warps, or one row."""
     CP = triton.next_power_of_2(width)
-    return dict(CP=CP, ROWS=2 if interpreted() else max(1, 4096 // CP), num_warps=8)
+    return dict(CP=CP, ROWS=2 if interpreted() else max(1, numbers // CP), num_warps=8)
+
+
+def backward_tile(width):
+    """Half as many numbers: gradients and sums stand beside them in registers, and 4096 spill on 10.0."""
+    return tile(width, 2048)
 
 
 class Modulate(torch.autograd.Function):
@@ -143,7 +150,7 @@ class Modulate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         x, gate, y, shift, scale = ctx.saved_tensors
-        (B, S, C), residual, block = x.shape, gate is not None, tile(x.shape[-1])
+        (B, S, C), residual, block = x.shape, gate is not None, backward_tile(x.shape[-1])
         steps = 2 if interpreted() else 16
         blocks = triton.cdiv(S, block["ROWS"] * steps)
         grads = [g.contiguous() for g in grads]
@@ -152,8 +159,8 @@ class Modulate(torch.autograd.Function):
         shares = torch.empty((3, B, blocks, C), dtype=torch.float32, device=x.device)
         gate_y = (gate, gate.stride(0), y, *y.stride()[:2]) if residual else (x, 0, x, 0, 0)
         modulate_backward_kernel[(blocks, B)](
-            x, *x.stride()[:2], *gate_y, scale, scale.stride(0), grads[0], grads[-1], dx, dy if residual else dx, shares,
-            S, C, EPS, steps, RESIDUAL=residual, CLAMP=x.dtype == torch.float16, **block)
+            x, *x.stride()[:2], *gate_y, scale, scale.stride(0), grads[0], grads[-1], dx, dy if residual else dx,
+            shares, S, C, EPS, steps, RESIDUAL=residual, CLAMP=x.dtype == torch.float16, **block)
         dshift, dscale, dgate = shares.sum(2)                                            # (B, C) each
         dgate = dgate.to(gate.dtype) if residual else None
         return dx, dgate, dy, dshift.to(shift.dtype), dscale.to(scale.dtype)

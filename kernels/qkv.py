@@ -176,12 +176,12 @@ def launch(kernel, text, image, norms, cos, sin, *rest, **options):
     (B, L, _, H, D), N, rows = text.shape, image.shape[1], block_rows()
     kernel[(triton.cdiv(L, rows) + triton.cdiv(N, rows), H, B)](
         text, *text.stride()[:4], image, *image.stride()[:4], *norms, cos, sin, *rest, L, N, H, D, EPS,
-        DP=triton.next_power_of_2(D), ROWS=rows, num_warps=8, **options)
+        DP=max(16, triton.next_power_of_2(D)), ROWS=rows, num_warps=8, **options)
 
 
 def block_rows():
     """32 rows of 128 are 16 numbers for each thread of 8 warps; in the interpreter small tests cross the edges."""
-    return 8 if interpreted() else 32
+    return 16 if interpreted() else 32
 
 
 def forward(text, image, norms, cos, sin, v=None):

@@ -186,8 +186,8 @@ def sample_masked_triton(logits, positions, seeds, step, unconditional=None, gui
     tokens = torch.empty((B, M), dtype=torch.int64, device=logits.device)
     logp = torch.empty((B, M), dtype=torch.float32, device=logits.device)
     if B * M:
-        sample_kernel[(B * M,)](logits, *logits.stride()[:2], u, *u.stride()[:2], positions.contiguous(), seeds, tokens,
-                                logp, M, V, step, guidance, 1 / temperature, unconditional is not None,
+        sample_kernel[(B * M,)](logits, *logits.stride()[:2], u, *u.stride()[:2], positions.contiguous(),
+                                seeds.contiguous(), tokens, logp, M, V, step, guidance, 1 / temperature, unconditional is not None,
                                 16, GROUP, GROUP_NOISE, CODE_NOISE, num_warps=4)         # 16 logits for each thread
     return tokens, logp
 
@@ -270,7 +270,7 @@ def sample_from_head_triton(hidden, weight, positions, seeds, step, temperature=
     (B, M), V = positions.shape, len(weight)
     if not head_is_fused(hidden, B * M):
         return sample_masked_triton(hidden @ weight.T, positions, seeds, step, temperature=temperature)
-    hidden, positions = hidden.flatten(0, 1), positions.contiguous()                     # (B M, C)
+    hidden, positions, seeds = hidden.flatten(0, 1), positions.contiguous(), seeds.contiguous()        # (B M, C)
     tokens = torch.empty((B, M), dtype=torch.int64, device=hidden.device)
     logp = torch.empty((B, M), dtype=torch.float32, device=hidden.device)
     kept = torch.empty((B * M, GROUP), dtype=torch.float32, device=hidden.device)

@@ -20,7 +20,7 @@ attention, sampling = (importlib.import_module(f"kernels.{name}") for name in ("
 qkv, modulate, cross_entropy = (importlib.import_module(f"kernels.{name}") for name in ("qkv", "modulate", "cross_entropy"))
 
 torch.use_deterministic_algorithms(True)                              # fills torch.empty with NaN
-few = settings(max_examples=12, deadline=None, derandomize=True)
+few = settings(max_examples=6, deadline=None, derandomize=True)
 DTYPES = st.sampled_from([torch.float32, torch.float16])
 SCALES = st.sampled_from([1e-3, 1.0, 1e2])
 SEEDS = st.integers(0, 2 ** 16)
@@ -42,14 +42,14 @@ def close(kernel, plain, exact, what):
     assert error <= 2 * allowed + rounding * max(spread, 1e-6), f"{what}: {error:.1e}, plain {allowed:.1e}, of {spread:.1e}"
 
 
-def both_ways(kernel, plain, inputs, noise, what):
-    """Outputs and gradients of all floating inputs. inputs: tensors; noise: multiplies a random gradient."""
+def both_ways(kernel, plain, inputs, what):
+    """Outputs, and gradients of all floating inputs for a random downstream gradient."""
     def run(function, dtype):
         leaves = [(x if dtype is None else cast(x, dtype)).detach().requires_grad_(x.is_floating_point()) for x in inputs]
         outputs = function(*leaves)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         torch.manual_seed(1)
-        downstream = [(torch.randn(y.shape) * noise).to(y.dtype) for y in outputs]
+        downstream = [torch.randn(y.shape).to(y.dtype) for y in outputs]
         leaves = [x for x in leaves if x.requires_grad]
         return [y.detach() for y in outputs], torch.autograd.grad(outputs, leaves, downstream)
     for part, *triple in zip(("output", "gradient"), run(kernel, None), run(plain, None), run(plain, torch.float64)):
@@ -97,7 +97,7 @@ def attention_inputs(B, L, N, H, D, dtype, layout, scale, seed):
     return text.to(dtype), image.to(dtype), norms[:2], norms[2:], angles.cos(), angles.sin()
 
 
-shapes = dict(B=st.integers(1, 2), L=st.sampled_from([0, 1, 5, 17, 33]), N=st.sampled_from([1, 2, 9, 16, 35]),
+shapes = dict(B=st.integers(1, 2), L=st.sampled_from([0, 1, 17]), N=st.sampled_from([1, 9, 20]),
               H=st.integers(1, 2), D=st.sampled_from([16, 24, 40, 64, 128]), dtype=DTYPES,
               layout=st.sampled_from(["two", "in line", "apart"]), scale=SCALES, seed=SEEDS)
 
@@ -117,7 +117,7 @@ def test_attention_backward(**shape):
     text, image, text_norms, image_norms, *rotation = attention_inputs(**shape)
     def flat(function):
         return lambda t, i, a, b, c, d: function(t, i, (a, b), (c, d), *(x.to(c.dtype) for x in rotation))
-    both_ways(flat(kernels.attention), flat(attention.attention_plain), (text, image, *text_norms, *image_norms), 1.0, shape)
+    both_ways(flat(kernels.attention), flat(attention.attention_plain), (text, image, *text_norms, *image_norms), shape)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -192,6 +192,8 @@ def test_a_picture_does_not_depend_on_its_neighbours():
     c, _, positions, seeds = sampling_inputs(3, 4, 300, torch.float32, 1.0, 0)
     tokens = kernels.sample_masked(c, positions, seeds, 2)[0]
     order = torch.tensor([3, 1, 0, 2])
+    same = seeds[1:2].expand(3)                                       # stride 0
+    assert torch.equal(kernels.sample_masked(c, positions, same, 2)[0][1], tokens[1])
     assert torch.equal(tokens[1:2, order], kernels.sample_masked(c[1:2, order], positions[1:2, order], seeds[1:2], 2)[0])
 
 
@@ -214,9 +216,9 @@ def test_modulate(B, S, C, residual, dtype, scale, seed):
     shift, scales, gate = torch.randn(B, 3 * C).to(dtype).chunk(3, -1)
     if residual:
         both_ways(kernels.residual_norm_modulate, modulate.residual_norm_modulate_plain, (x, gate, y, shift, scales),
-                  1.0, "residual, norm, modulate")
+                  "residual, norm, modulate")
     else:
-        both_ways(kernels.norm_modulate, modulate.norm_modulate_plain, (x, shift, scales), 1.0, "norm, modulate")
+        both_ways(kernels.norm_modulate, modulate.norm_modulate_plain, (x, shift, scales), "norm, modulate")
 
 
 def test_float16_residuals_stay_finite():
@@ -232,7 +234,7 @@ def test_cross_entropy(M, C, V, dtype, scale, seed):
     torch.manual_seed(seed)
     hidden, weight = (torch.randn(M, 2 * C) * scale).to(dtype)[:, :C], torch.randn(V, C).to(dtype)
     both_ways(kernels.linear_cross_entropy, cross_entropy.linear_cross_entropy_plain,
-              (hidden, weight, torch.randint(0, V, (M,))), 1.0, "cross-entropy")
+              (hidden, weight, torch.randint(0, V, (M,))), "cross-entropy")
 
 
 def test_targets_out_of_range_show():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from common import GOLDEN, random_text, rows, tiny_transformer
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import clip
@@ -17,7 +17,7 @@ import train
 import vq
 from kernels.sampling import philox
 
-settings.register_profile("here", deadline=None, max_examples=40)
+settings.register_profile("here", deadline=None, max_examples=25)
 settings.load_profile("here")
 
 SEED = st.integers(0, 2 ** 32 - 1)
@@ -63,12 +63,12 @@ def kolmogorov_smirnov(values, cdf):
     return max((np.arange(1, n + 1) / n - want).max(), (want - np.arange(n) / n).max())
 
 
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(SEED)
-def test_mask_rates_have_the_arccos_density(seed, batch=20_000, tokens=4096):
-    """P(r < x) = 2/pi arcsin(x); 1.95 / sqrt(n) is exceeded with probability 1e-3, and by rounding 1 / (2 tokens)
-    shifts the distribution by at most 1.2% at its steep end."""
-    rng = np.random.default_rng(seed)
+def test_mask_rates_have_the_arccos_density(seed):
+    """P(r < x) = 2/pi arcsin(x). 2.5 / sqrt(n) is exceeded with probability 7e-6; rounding to counts is undone by a
+    uniform shift, but for the half of a count that is cut off at the steep end."""
+    rng, batch, tokens = np.random.default_rng(seed), 10_000, 1024
     rates = np.concatenate([train.sample_mask(rng, 250, tokens)[1] for _ in range(batch // 250)])
     cdf = lambda x: 2 / np.pi * np.arcsin(np.clip(x, 0, 1))
     continuous = np.clip(rates + (rng.random(batch) - 0.5) / tokens, 0, 1)            # undo the rounding
@@ -101,7 +101,6 @@ def test_every_position_is_masked_equally_often(batch=20_000, tokens=16):
 # Shapes
 
 
-@settings(max_examples=25)
 @given(st.integers(1, 7), st.integers(1, 7), st.integers(1, 3), SEED)
 def test_compression_shapes(h, w, batch, seed):
     model = model_of()
@@ -113,7 +112,6 @@ def test_compression_shapes(h, w, batch, seed):
     assert logits.shape == (batch, 2 * h, 2 * w, model.config.codebook_size) and logits.isfinite().all()
 
 
-@settings(max_examples=25)
 @given(st.integers(1, 9), st.integers(1, 9))
 def test_odd_grids(h, w):
     """Refused by name with compression, fine without."""
@@ -127,10 +125,10 @@ def test_odd_grids(h, w):
             assert run().shape == (1, h, w, model.config.codebook_size)
 
 
-@settings(max_examples=25)
-@given(st.integers(1, 33), st.integers(1, 33))
+@given(st.integers(5, 33), st.integers(5, 33))
 def test_vq_shapes(height, width):
-    model, f = golden_vq(), 4
+    model = golden_vq()
+    f = model.config.f
     images = torch.rand(1, 3, height, width)
     if height % f or width % f:
         with pytest.raises(ValueError, match=f"{width}x{height}"):
@@ -146,7 +144,8 @@ def test_vq_shapes(height, width):
 
 
 @settings(max_examples=200)
-@given(st.integers(1, 300), st.integers(1, 5000), SCHEDULE)
+@example(10, 10, "linear")
+@given(st.integers(1, 300), st.one_of(st.integers(1, 300), st.integers(1, 5000)), SCHEDULE)
 def test_schedule(steps, tokens, schedule):
     """Something is revealed by every step while anything is masked, all is known after the last, and not before
     unless there are more steps than tokens."""
@@ -166,7 +165,7 @@ def test_cosine_schedule_follows_its_formula(steps, tokens):
     for i, (count, share) in enumerate(zip(counts, exact)):
         free = tokens if i == 0 else counts[i - 1]
         assert count <= share + 1e-3 * tokens or count <= 1
-        assert count >= math.floor(share - 1e-3) or count == free - 1
+        assert count >= math.floor(share - 1e-3) or count == max(free - 1, 0)
 
 
 @pytest.mark.parametrize("steps, tokens, schedule", ((0, 5, "cosine"), (-1, 5, "cosine"), (5, 0, "linear"), (5, 5, "spiral")))
@@ -199,7 +198,6 @@ def draw_pictures(model, tokens, seeds, text_seed=0, **options):
     return meissonic.sample(model, text, negative, tokens, seeds, **{"steps": 5, "guidance": 2.0, **options})
 
 
-@settings(max_examples=30)
 @given(SEED, st.integers(1, 3), st.integers(1, 3), st.data())
 def test_sampling_fills_in_the_mask_alone(seed, h, w, draw):
     """Known tokens never change, none is masked at the end, and the counts of the schedule are what is revealed."""
@@ -220,6 +218,12 @@ def test_sampling_fills_in_the_mask_alone(seed, h, w, draw):
     before = [n for n in [unknown] + meissonic.masked_counts(steps, unknown, schedule) if n]
     assert [s[0] for s in seen] == before[:len(seen)] and len(seen) == min(steps, len(before))
     assert all(s == [s[0]] * 4 for s in seen)                                     # both pictures, both passes
+
+
+@pytest.mark.parametrize("batch", (1, 3))
+def test_pictures_without_a_mask_stay_as_they_are(batch):
+    tokens = torch.randint(40, (batch, 4, 4), generator=generator(0))
+    assert torch.equal(draw_pictures(model_of(), tokens, range(batch)), tokens)
 
 
 def test_unequal_masks_in_a_batch_are_refused():
@@ -245,7 +249,6 @@ def test_prompts_matter():
     assert not torch.equal(draw_pictures(model, tokens, [3], 1), draw_pictures(model, tokens, [3], 5))
 
 
-@settings(max_examples=25)
 @given(SEED, st.integers(2, 4), st.data())
 def test_neighbours_do_not_matter(seed, batch, draw):
     """Picture i stays when every other picture of the batch gets another seed and other texts, or changes places."""
@@ -307,14 +310,13 @@ def full_logits(model, tokens, positions, text, time):
     return logits.gather(1, positions[..., None].expand(-1, -1, logits.shape[-1]))
 
 
-@settings(max_examples=20)
 @given(SEED, st.floats(-2, 12), st.sampled_from((0.0, 0.5, 7.0)))
 def test_guidance(seed, scale, time):
     """u + g (c - u) of the logits of two separate passes; the code forms it before the last projection."""
     model = model_of()
     tokens, positions, text, negative = guidance_inputs(seed, model)
     c, u = (full_logits(model, tokens, positions, t, time) for t in (text, negative))
-    guided = meissonic.guided(model, tokens, positions, text, negative, time, scale)
+    guided = model.mlm_layer.conv2(meissonic.guided(model, tokens, positions, text, negative, time, scale))
     torch.testing.assert_close(guided, u + scale * (c - u), rtol=1e-4, atol=2e-4)
     assert not torch.allclose(c, u, atol=1e-2)
 
@@ -323,9 +325,9 @@ def test_guidance(seed, scale, time):
 def test_guidance_one_is_the_conditional_pass(seed):
     model = model_of()
     tokens, positions, text, negative = guidance_inputs(seed, model)
-    guided = meissonic.guided(model, tokens, positions, text, negative, 3.0, 1.0)
+    guided = model.mlm_layer.conv2(meissonic.guided(model, tokens, positions, text, negative, 3.0, 1.0))
     torch.testing.assert_close(guided, full_logits(model, tokens, positions, text, 3.0), rtol=1e-4, atol=1e-4)
-    near = meissonic.guided(model, tokens, positions, text, negative, 3.0, 1.0 + 1e-6)
+    near = model.mlm_layer.conv2(meissonic.guided(model, tokens, positions, text, negative, 3.0, 1.0 + 1e-6))
     torch.testing.assert_close(guided, near, rtol=1e-3, atol=1e-3)                # nothing jumps at 1
 
 
@@ -354,8 +356,9 @@ def attend(seed, cos, sin):
 
 
 @given(SEED, st.integers(0, 8), st.integers(0, 8))
-def test_rope_keeps_norms(seed, row, column, n=5):
+def test_rope_keeps_norms(seed, row, column):
     """With all rows at one position the rotation cancels from every product of q and k."""
+    n = 5
     cos, sin = meissonic.rope_table(9, 9, AXES, torch.device("cpu"))
     here = row * 9 + column
     at = lambda table: table[here].expand(n, -1).contiguous()
@@ -458,15 +461,17 @@ def test_nearest_is_nearest(seed):
 
 
 def chi_square(tokens, p):
-    """Pearson's statistic of drawn tokens against probabilities p -> standard deviations above its mean."""
-    count = torch.bincount(tokens.flatten(), minlength=len(p)).double()
-    want = p.double() * tokens.numel()
-    freedom = len(p) - 1
+    """Pearson's statistic of drawn tokens against probabilities p -> standard deviations above its mean. Codes that
+    are expected fewer than 5 times count as one."""
+    count, want = torch.bincount(tokens.flatten(), minlength=len(p)).double(), p * tokens.numel()
+    often = want >= 5
+    if not often.all():
+        count, want = (torch.cat((x[often], x[~often].sum(0, keepdim=True))) for x in (count, want))
+    freedom = len(want) - 1
     return (((count - want) ** 2 / want).sum().item() - freedom) / math.sqrt(2 * freedom)
 
 
-@pytest.mark.parametrize("codes", (5, 128, 300))
-@pytest.mark.parametrize("guidance, temperature", ((1.0, 1.0), (3.0, 1.0), (1.0, 0.5)))
+@pytest.mark.parametrize("codes, guidance, temperature", ((5, 1.0, 1.0), (300, 3.0, 1.0), (128, 1.0, 0.5)))
 def test_draws_follow_the_softmax(codes, guidance, temperature, draws=100_000):
     """1e5 draws, guided and not, in one group of the kernel's and in several, against float64; 5 standard deviations
     of the chi-square statistic are exceeded with probability under 1e-4, and the seed is fixed."""
@@ -482,17 +487,15 @@ def test_draws_follow_the_softmax(codes, guidance, temperature, draws=100_000):
     torch.testing.assert_close(logp.double(), p.log()[tokens], rtol=0, atol=1e-5)
 
 
-def test_rare_tokens_are_drawn_too(draws=1_000_000):
-    """A code of probability 1e-5: about 10 of a million draws."""
-    logits = torch.zeros(2)
-    logits[1] = math.log(1e-5)
-    tokens, _ = kernels.sample_masked(logits.expand(4, draws // 4, 2), torch.arange(draws // 4).expand(4, -1),
-                                      torch.arange(4), 0)
-    assert 1 <= tokens.sum() <= 26                                                # 1e-4 and 1e-5 of a Poisson of 10
+def test_rare_tokens_are_drawn_too(draws=50_000):
+    """A code of probability 2e-4: about 10 of the draws."""
+    logits = torch.tensor([0.0, math.log(2e-4)])
+    tokens, _ = kernels.sample_masked(logits.expand(1, draws, 2), torch.arange(draws)[None], torch.tensor([0]), 0)
+    assert 1 <= tokens.sum() <= 26                                # a Poisson of 10 is outside with probability 5e-5
 
 
 @pytest.mark.parametrize("vary", ("seed", "step", "position"))
-def test_draws_are_independent_of_each_other(vary, n=20_000):
+def test_draws_are_independent_of_each_other(vary, n=10_000):
     """Draws that differ in seed, step or position alone agree as often as independent ones."""
     logits = torch.zeros(1, n, 16)
     draw = lambda seed, step, first: kernels.sample_masked(logits, first + torch.arange(n)[None], torch.tensor([seed]), step)[0]
@@ -535,9 +538,9 @@ def test_half_precision_models_sample(dtype, monkeypatch):
 
 def test_draws_of_probabilities_that_half_precision_cannot_hold(dtype=torch.float16):
     """8192 codes of which one has twice the weight of all others together: in float16 the sum of the others is lost."""
-    logits = torch.zeros(1, 20_000, 8192, dtype=dtype)
+    logits = torch.zeros(1, 2000, 8192, dtype=dtype)
     logits[..., 7] = math.log(2 * 8191)
-    tokens, _ = kernels.sample_masked(logits[:, :2000], torch.arange(2000)[None], torch.tensor([0]), 0)
+    tokens, _ = kernels.sample_masked(logits, torch.arange(2000)[None], torch.tensor([0]), 0)
     share = (tokens == 7).double().mean()
     exact = torch.tensor(math.log(2 * 8191)).half().double().exp()
     assert abs(share - exact / (exact + 8191)) < 5 * math.sqrt(2 / 9 / 2000)

@@ -242,6 +242,15 @@ RESULTS = ("vqvae/diffusion_pytorch_model.safetensors", "transformer/diffusion_p
            "text_encoder/model.safetensors", "vq.checkpoint.safetensors", "transformer.checkpoint.safetensors")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Sums over other numbers of threads differ in their last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 IDS = []                                                       # the captions' tokens of every transformer step of `run`
 
 
