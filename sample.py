@@ -313,6 +313,14 @@ def choose_dtype(name, device):
     return (torch.bfloat16, "compute capability 8.0 or more") if new else (torch.float16, "compute capability below 8.0")
 
 
+def kernel_path(device, dtype):
+    """kernels.path, for the line that a run prints. Raises UserError where MEISSONIC_KERNELS asks for what is not there."""
+    try:
+        return kernels.path(device, dtype)
+    except RuntimeError as e:
+        raise UserError(str(e)) from None
+
+
 def read_prompts(args):
     prompts = list(args.prompt or [])
     if args.prompt_file:
@@ -372,7 +380,7 @@ def run(args):
     size = args.size or pipeline.size
     pipeline.check_size(*size)
     print(f"model: {why_model} | device: {device} ({why_device}) | dtype: {args.dtype or str(dtype)[6:]} ({why_dtype}) | "
-          f"kernels: {kernels.path(device, dtype)} | seed: {args.seed}")
+          f"kernels: {kernel_path(device, dtype)} | seed: {args.seed}")
     settings = dict(negative=args.negative, size=size, steps=args.steps, cfg=args.cfg,
                     temperature=tuple(args.temperature), score=args.score_condition)
     if args.score:

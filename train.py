@@ -613,7 +613,7 @@ def main(argv=None):
         run = Run(args.out, args.seed, device, args.resume, args.init, args.save_every, args.look_every)
         if run.first:
             print(f"run: {args.out} | device: {run.device} ({why}) | processes: {run.world} | dtype: bfloat16 autocast | "
-                  f"kernels: {kernels.path(run.device, torch.bfloat16)} | seed: {args.seed}")
+                  f"kernels: {sample.kernel_path(run.device, torch.bfloat16)} | seed: {args.seed}")
         for stage in [args.stage] if args.stage else ("tokenizer", *STAGES):
             run_stage(stage, run)
     except KeyboardInterrupt:

@@ -377,6 +377,11 @@ def test_other_errors_are_not_hidden(cli, monkeypatch):
         cli("--prompt", "x", *SMALL)
 
 
+def test_kernels_that_are_not_there(cli, monkeypatch):
+    monkeypatch.setenv("MEISSONIC_KERNELS", "triton")
+    assert_refused(cli, ["--prompt", "x", *SMALL], "MEISSONIC_KERNELS")
+
+
 def test_bad_input_as_a_user_sees_it(tmp_path):
     done = shell(["--prompt", "x", *SMALL, "--size", 33], tmp_path)
     assert done.returncode == 2 and done.stdout == "" and tree(tmp_path) == []
