@@ -325,7 +325,7 @@ def read_prompts(args):
     prompts = list(args.prompt or [])
     if args.prompt_file:
         try:
-            prompts += args.prompt_file.read_text(encoding="utf-8").splitlines()
+            prompts += args.prompt_file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as e:
             raise UserError(f"--prompt-file {args.prompt_file}: cannot be read ({getattr(e, 'strerror', None) or 'not UTF-8'})") from None
         if not prompts:
