@@ -2,7 +2,8 @@
 
     model = Transformer.from_pretrained("weights/shapes/transformer")
     logits = model(tokens, hidden, pooled, micro_conds, timestep)                # one pass
-    tokens = sample(model, text, negative, grid=(16, 16), seeds=[0], steps=16, guidance=3.0)
+    masked = torch.full((1, 16, 16), model.config.mask_token)
+    tokens = sample(model, text, negative, masked, seeds=[0], steps=16, guidance=3.0)    # text, negative: Text
 
 Read it top to bottom: config, small modules, the two kinds of block, the whole model, then sampling, of which
 the schedule (`masked_counts`), the guidance (`guided`) and the loop (`sample`) can each be replaced alone.

@@ -221,8 +221,8 @@ class Stop:
 
 
 def save_checkpoint(path, step, attempt, optimizer, student, shadow):
-    """One safetensors file with both state dicts, the optimizer's moments and the step; the one before it stays as
-    .previous. Written beside and renamed: killed at any moment, or on a full disk, a whole one is there."""
+    """One safetensors file with both state dicts, the optimizer's moments and the step. Written beside the one before
+    and renamed over it: killed at any moment, or on a full disk, a whole one is there."""
     flat = {f"student.{k}": v for k, v in student.state_dict().items()}
     flat |= {f"shadow.{k}": v for k, v in shadow.state_dict().items()}
     for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"]):
@@ -424,7 +424,7 @@ def rows(latent):
 def distinct(points, cell=0.8):
     """(M, E) -> one point for each occupied cell of a grid of `cell` standard deviations. Most latents of a
     picture are its flat ground: a codebook drawn from them all spends its codes there, several for one colour,
-    and tokens that differ by chance alone are noise to the transformer (perplexity 238 against 70, same PSNR)."""
+    and tokens that differ by chance alone are noise to the transformer (perplexity 238 against 79, same PSNR)."""
     cells = (points / points.std(0) / cell).round().long()
     _, where = torch.unique(cells, dim=0, return_inverse=True)
     return torch.zeros(int(where.max()) + 1, points.shape[1]).index_copy_(0, where, points)

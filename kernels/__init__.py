@@ -13,7 +13,6 @@ from kernels.attention import attention_plain, attention_triton
 from kernels.cross_entropy import linear_cross_entropy_plain, linear_cross_entropy_triton
 from kernels.modulate import (norm_modulate_plain, norm_modulate_triton, residual_norm_modulate_plain,
                               residual_norm_modulate_triton)
-from kernels.qkv import rms_norm
 from kernels.sampling import (confidence_noise, remask, sample_from_head_plain, sample_from_head_triton,
                               sample_masked_plain, sample_masked_triton)
 
