@@ -13,14 +13,18 @@ L text positions, S = L + N, C width, H heads, D head size, V codebook entries, 
 """
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 import kernels
-from vq import CheckpointError, JsonConfig, Pretrained
+from vq import CheckpointError, JsonConfig, Pretrained, write_whole
 
 # ---------------------------------------------------------------------------------------------------------
 # Config and small modules
@@ -39,6 +43,7 @@ class Config(JsonConfig):
     vocab_size: int = 8256                        # codes and special tokens; the last one is the mask
     downsample: bool = True                       # compression layers around the blocks
     upsample: bool = True
+    without: tuple = ()                           # ours, for ablations: of rope, rate, qk-norm, micro
 
     FIXED = dict(_class_name="Transformer2DModel", patch_size=1, guidance_embeds=False)
     IGNORED = frozenset({"_diffusers_version", "_name_or_path", "in_channels"})
@@ -51,8 +56,14 @@ class Config(JsonConfig):
             raise CheckpointError(f"pooled_projection_dim {self.pooled_projection_dim} must equal the width {self.width}")
         if self.downsample != self.upsample:
             raise CheckpointError("downsample and upsample must be both true or both false")
+        if unknown := set(self.without) - {"rope", "rate", "qk-norm", "micro"}:
+            raise CheckpointError(f"without {sorted(unknown)} is unknown")
         if self.vocab_size <= self.codebook_size:
             raise CheckpointError("vocab_size must exceed codebook_size: its last entry is the mask token")
+
+    def to_dict(self):
+        values = super().to_dict()
+        return values if self.without else {k: v for k, v in values.items() if k != "without"}     # the published keys
 
     @property
     def width(self):                              # C
@@ -148,13 +159,20 @@ class AdaNorm(nn.Module):
         return self.linear(F.silu(temb)).chunk(self.parts, -1)
 
 
+def qk_norm(c: Config):
+    """The norm of q or k; the attention kernel applies it."""
+    norm = RMSNorm(c.attention_head_dim)
+    if "qk-norm" in c.without:
+        norm.weight = None
+    return norm
+
+
 class JointAttention(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         width, self.heads = c.width, c.num_attention_heads
         self.qkv, self.add_qkv = nn.Linear(width, 3 * width), nn.Linear(width, 3 * width)          # image, text
-        self.norm_q, self.norm_k = RMSNorm(c.attention_head_dim), RMSNorm(c.attention_head_dim)
-        self.norm_added_q, self.norm_added_k = RMSNorm(c.attention_head_dim), RMSNorm(c.attention_head_dim)
+        self.norm_q, self.norm_k, self.norm_added_q, self.norm_added_k = (qk_norm(c) for _ in range(4))
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
         self.to_add_out = nn.Linear(width, width)
 
@@ -192,7 +210,7 @@ class SingleBlock(nn.Module):
         self.norm = AdaNorm(width, 3)
         self.qkv_mlp = nn.Linear(width, 7 * width)                                                 # q, k, v, 4C
         self.attn = nn.Module()
-        self.attn.norm_q, self.attn.norm_k = RMSNorm(c.attention_head_dim), RMSNorm(c.attention_head_dim)
+        self.attn.norm_q, self.attn.norm_k = qk_norm(c), qk_norm(c)
         self.proj_out = nn.Linear(5 * width, width)
 
     def forward(self, s, length, temb, rope):                       # (B, S, C), text rows L, (B, C) -> (B, S, C)
@@ -224,6 +242,8 @@ class Transformer(Pretrained):
             self.down_block = named(downsample=named(norm=RMSNorm(width), conv=nn.Conv2d(width, width, 2, 2, bias=False)))
             self.up_block = named(upsample=named(norm=RMSNorm(width),
                                                  conv=nn.ConvTranspose2d(width, width, 2, 2, bias=False)))
+        if "rope" in c.without:
+            self.positions = nn.Parameter(torch.zeros(2, 64, width))              # learned: of rows, of columns
         self.project_to_hidden_norm = RMSNorm(width)
         self.project_to_hidden = nn.Linear(width, width, bias=False)
         self.context_embedder = nn.Linear(c.joint_attention_dim, width)
@@ -236,11 +256,14 @@ class Transformer(Pretrained):
         self.project_from_hidden = nn.Linear(width, width, bias=False)
         self.mlm_layer = named(conv1=Pointwise(width, width), layer_norm=RMSNorm(width),
                                conv2=Pointwise(width, c.codebook_size))
+        self.checkpointing = False                                                # recompute blocks in the backward pass
 
     def conditioning(self, pooled, micro_conds, timestep):
         """pooled (B, C), micro_conds (B, 5) = width, height, crop top, crop left, score; timestep (B,) or (1,),
         multiplied by 1000 here -> temb (B, C)."""
-        dtype = pooled.dtype
+        dtype, without = pooled.dtype, self.config.without
+        micro_conds = micro_conds * 0 if "micro" in without else micro_conds
+        timestep = timestep * 0 if "rate" in without else timestep
         cond = self.cond_embed(torch.cat((pooled, sin256(micro_conds).flatten(1).to(dtype)), -1))
         time = self.time_text_embed.timestep_embedder(sin256(1000 * timestep.float()).to(dtype))
         return time + self.time_text_embed.text_embedder(cond)
@@ -254,7 +277,10 @@ class Transformer(Pretrained):
         if self.config.downsample:
             down = self.down_block.downsample
             x = down.conv(down.norm(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)                    # (B, h/2, w/2, C)
-        return self.project_to_hidden(self.project_to_hidden_norm(x.flatten(1, 2))), x.shape[1:3]
+        grid = x.shape[1:3]
+        if "rope" in self.config.without:
+            x = x + self.positions[0, :grid[0], None] + self.positions[1, :grid[1]]
+        return self.project_to_hidden(self.project_to_hidden_norm(x.flatten(1, 2))), grid
 
     def features(self, tokens, hidden, pooled, micro_conds, timestep):
         """Everything but the head -> (B, h, w, C)."""
@@ -262,11 +288,14 @@ class Transformer(Pretrained):
         text = self.encoder_proj_layer_norm(self.context_embedder(hidden))                         # (B, L, C)
         temb = self.conditioning(pooled, micro_conds, timestep)                                    # (B, C)
         rope = rope_table(*grid, self.config.axes_dims_rope, x.device)
+        if "rope" in self.config.without:
+            rope = torch.ones_like(rope[0]), torch.zeros_like(rope[1])
+        run = partial(checkpoint, use_reentrant=False) if self.checkpointing else lambda block, *x: block(*x)
         for block in self.transformer_blocks:
-            x, text = block(x, text, temb, rope)
+            x, text = run(block, x, text, temb, rope)
         s = torch.cat((text, x), 1)                                                                # (B, S, C)
         for block in self.single_transformer_blocks:
-            s = block(s, text.shape[1], temb, rope)
+            s = run(block, s, text.shape[1], temb, rope)
         x = self.project_from_hidden(self.project_from_hidden_norm(s[:, text.shape[1]:]))          # (B, N, C)
         x = x.unflatten(1, grid)
         if self.config.upsample:
@@ -286,6 +315,80 @@ class Transformer(Pretrained):
         """tokens (B, h, w) int64, config.mask_token where unknown; hidden (B, L, text width); pooled (B, C);
         micro_conds (B, 5); timestep (B,) or (1,) -> logits (B, h, w, V)."""
         return self.head(self.features(tokens, hidden, pooled, micro_conds, timestep))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# LoRA (Hu et al. 2021): W + B A, of rank r, on the projections of the blocks. Files have the public names and PEFT's
+# suffixes, so that other tools read them, and theirs are read here
+
+
+class LowRank(nn.Module):
+    """The parametrisation W -> W + B A with A (r, in), B (out, r); B starts at zero."""
+    def __init__(self, weight, rank):
+        super().__init__()
+        self.A = nn.Parameter(torch.randn(rank, weight.shape[1], device=weight.device) * weight.shape[1] ** -0.5)
+        self.B = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))
+
+    def forward(self, weight):
+        return weight + (self.B @ self.A).to(weight.dtype)
+
+
+def add_lora(model, rank):
+    """Give each linear layer of the blocks' attention and MLPs a trainable low-rank term, in place."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and ".norm" not in name and "transformer_blocks." in name:
+            parametrize.register_parametrization(module, "weight", LowRank(module.weight, rank))
+
+
+def save_lora(path, model, state):
+    """Write the low-rank terms of a state dict of `model` to one safetensors file, packed projections split."""
+    plain, tensors = published_rows(model), {}
+    for name, b in state.items():
+        if name.endswith(".parametrizations.weight.0.B"):
+            module = name.removesuffix(".parametrizations.weight.0.B")
+            for public, rows in plain[module + ".weight"]:
+                stem = "transformer." + public.removesuffix(".weight")
+                tensors[stem + ".lora_A.weight"] = state[name[:-1] + "A"].clone()
+                tensors[stem + ".lora_B.weight"] = b[rows].contiguous()
+    write_whole(path, lambda beside: save_file(tensors, beside, metadata={"format": "pt"}))
+
+
+@torch.no_grad()
+def merge_lora(model, path):
+    """Add a LoRA file's terms to the weights, in place: the merged model is as fast as the plain one. A term's scale
+    is alpha / r where the file has `alpha`, else 1. Raises CheckpointError for a file that is none or does not fit."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            stored = {k.removeprefix("transformer."): file.get_tensor(k) for k in file.keys()}
+    except (SafetensorError, OSError) as e:
+        raise CheckpointError(f"{path}: not a LoRA file ({e})") from None
+    where = {public: (name, rows) for name, parts in published_rows(model).items() for public, rows in parts}
+    stems = {k.removesuffix(f".lora_{ab}.weight") for k in stored for ab in "AB" if k.endswith(f".lora_{ab}.weight")}
+    if not stems or (extra := set(stored) - {f"{s}.{end}" for s in stems for end in ("lora_A.weight", "lora_B.weight", "alpha")}):
+        raise CheckpointError(f"{path}: not a LoRA file" + (f"; unknown: {min(extra)}" if stems else ""))
+    for stem in sorted(stems):
+        a, b = stored.get(stem + ".lora_A.weight"), stored.get(stem + ".lora_B.weight")
+        if stem + ".weight" not in where or a is None or b is None:
+            raise CheckpointError(f"{path}: {stem} has no counterpart in this model")
+        name, rows = where[stem + ".weight"]
+        weight = model.get_parameter(name)[rows]
+        if (b.shape[0], a.shape[1]) != tuple(weight.shape) or a.shape[0] != b.shape[1]:
+            raise CheckpointError(f"{path}: {stem} has shapes {tuple(b.shape)}, {tuple(a.shape)}, made for another model")
+        scale = float(stored.get(stem + ".alpha", a.shape[0])) / a.shape[0]
+        weight += (scale * b.float() @ a.float()).to(weight)
+
+
+def published_rows(model):
+    """{our weight's name: [(published name, its rows)]} of the plain model, LoRA or not."""
+    with torch.device("meta"):
+        plain = type(model)(model.config)
+    table = {}
+    for name, parts in plain.published().items():
+        if name.endswith(".weight"):
+            sizes = plain.split_sizes(name, len(parts)) if len(parts) > 1 else [plain.state_dict()[name].shape[0]]
+            ends = [sum(sizes[:i + 1]) for i in range(len(sizes))]
+            table[name] = [(part, slice(end - size, end)) for part, size, end in zip(parts, sizes, ends)]
+    return table
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -138,8 +138,8 @@ class Pipeline:
     checkpoint's defaults `size` (width, height), `steps`, `cfg`, `score_condition`.
     """
 
-    def __init__(self, folder, device="cpu", dtype=torch.float32):
-        """Raises vq.CheckpointError, naming the part at fault."""
+    def __init__(self, folder, device="cpu", dtype=torch.float32, lora=None):
+        """`lora`: a file of low-rank terms to merge. Raises vq.CheckpointError, naming the part at fault."""
         folder = Path(folder)
         if not folder.is_dir():
             raise vq.CheckpointError(f"{folder}: no such folder")
@@ -147,6 +147,8 @@ class Pipeline:
         self.tokenizer = clip.Tokenizer.from_pretrained(folder / "tokenizer")
         self.encoder = clip.TextEncoder.from_pretrained(folder / "text_encoder", dtype, device)
         self.transformer = meissonic.Transformer.from_pretrained(folder / "transformer", dtype, device)
+        if lora:
+            meissonic.merge_lora(self.transformer, lora)
         # NOTE the published decoder overflows in float16
         vq_dtype = torch.float32 if dtype == torch.float16 else dtype
         self.vq = vq.VQModel.from_pretrained(folder / "vqvae", vq_dtype, device)
@@ -277,6 +279,7 @@ def parse_arguments(argv):
     p.add_argument("--score-condition", type=finite, help="how good a picture to ask for (default: 6)")
     p.add_argument("--model", default="auto", help="shapes, meissonic, monetico, a hub id or a folder (default: auto: "
                    "meissonic where there is a CUDA GPU and the weights can be had, else shapes)")
+    p.add_argument("--lora", type=Path, metavar="FILE", help="low-rank terms, from train.py --lora or in PEFT's layout, to merge")
     p.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one, else cpu)")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
                    help="of the weights (default: on CUDA bfloat16 from compute capability 8.0, else float16; else float32)")
@@ -376,7 +379,7 @@ def run(args):
         raise UserError(f"--seed {args.seed} does not fit 64 bits")
     prompts, seeds = read_prompts(args), range(args.seed, args.seed + args.n)
     folder, why_model = find_model(args.model, device, dtype)
-    pipeline = Pipeline(folder, device, dtype)
+    pipeline = Pipeline(folder, device, dtype, args.lora)
     size = args.size or pipeline.size
     pipeline.check_size(*size)
     print(f"model: {why_model} | device: {device} ({why_device}) | dtype: {args.dtype or str(dtype)[6:]} ({why_dtype}) | "

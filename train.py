@@ -1,30 +1,37 @@
-"""Training: from nothing to a model that draws what it is told (paper sections 2.2, 2.4).
+"""Training: from nothing to a model that draws what it is told (paper sections 2.2, 2.4, 2.5).
 
-    python train.py --out runs/shapes              # all stages in turn; --resume goes on after any interruption
-    python train.py --out runs/shapes --stage vq   # one stage: tokenizer, vq, transformer
-    python train.py --out runs/more --init runs/shapes       # train a model's transformer and text encoder further
-    torchrun --nproc_per_node=8 train.py           # data parallel, on one node or many
-    python sample.py --model runs/shapes --prompt "a red circle"
+    python train.py --out runs/shapes                         # all stages in turn; --resume goes on after any interruption
+    python train.py --preset cpu --out runs/cpu               # smaller pictures: two CPU cores, an afternoon
+    python train.py --out runs/shapes --stage 3 --resume      # one stage: tokenizer, vq, 1, 2, 3, 4
+    python train.py --init meissonic --data photos --preset paper --stage 4 --lora 16        # fine-tune public weights
+    python train.py --encode --data photos --init meissonic --stage 4 --preset paper         # pictures to tokens, no more
+    torchrun --nproc_per_node=8 train.py --preset paper --data "laion/*.tar" --init parts    # one node or many; --shard
+    python train.py --benchmark                               # samples per second, share of the hardware's peak
 
-1. tokenizer    byte pairs learned from the world's captions
-2. vq           pictures -> tokens -> pictures: an autoencoder first, then its codebook is drawn from the data
-3. transformer  masked-token modelling, the text encoder trained along, on a stock of pictures that is drawn and
-                encoded once; the averaged weights are the model
+tokenizer    byte pairs learned from the captions
+vq           pictures -> tokens -> pictures: an autoencoder first, its codebook drawn from the data, then quantised,
+             last against a discriminator (VQ-GAN, Esser et al. 2021; its perceptual loss is left out)
+1 2 3 4      masked-token modelling on pictures that are encoded once: concepts at low resolution; twice that, long
+             captions; twice again behind compression layers; a low learning rate. The averaged weights are the model
 
 A run's folder is a model folder (`sample.py --model`) with the checkpoints, log.jsonl, loss.png and sheet.png beside.
-Every random choice of step i comes from a generator seeded with (seed, stage, i): a run that goes on from a
-checkpoint sees what it would have seen, and no random state needs to be kept.
+A stage starts from the model that is there. Every random choice of step i comes from a generator seeded with
+(seed, stage, i), and step i reads the same examples of the same permutation: a run that goes on from a checkpoint
+sees what it would have seen, and the step is all the state that there is to keep.
 
-Letters: B batch, H W pixels, h w tokens, L text positions.
+Letters: B batch, H W pixels, h w tokens, L text positions, E codebook vector, V codebook, C width.
 """
 import contextlib
 import copy
 import json
 import math
 import os
+import shutil
 import signal
+import statistics
 import sys
 import time
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -32,12 +39,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import models, pre_tokenizers, trainers
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import clip
@@ -47,26 +57,56 @@ import meissonic
 import sample
 import vq
 
-TEXT_LENGTH, SCORE = 32, 6.0                                 # tokens of a caption; micro condition
-
-# One line for each stage: pictures of size x size pixels, global batch, peak learning rate; `warm` steps as an
-# autoencoder; a pool of drawn pictures, a stock of drawn and encoded ones.
-STAGES = {
-    "vq":          dict(size=64, steps=3200, batch=32, lr=2e-3, warm=800, pool=12_000),
-    "transformer": dict(size=64, steps=7600, batch=32, lr=1.2e-3, stock=120_000),
+# One line for each stage: size x size pixels, global batch, steps, peak learning rate, that of the text encoder in
+# its share (0: frozen), compression layers or none, how many pictures of the world of shapes are drawn.
+# vq: steps as an autoencoder (warm), the step at which the discriminator joins (adversary), pictures drawn (pool).
+PRESETS = {
+    "shapes": {                                              # f = 4: 8 x 8, 16 x 16, then 32 x 32 tokens
+        "vq": dict(size=64, batch=32, steps=6000, lr=2e-3, warm=800, adversary=5000, pool=12_000),
+        "1": dict(size=32, batch=64, steps=6000, lr=1.2e-3, text=0.3, compress=False, pictures=200_000, concepts=True),
+        "2": dict(size=64, batch=64, steps=12_000, lr=8e-4, text=0.3, compress=False, pictures=400_000),
+        "3": dict(size=128, batch=64, steps=12_000, lr=6e-4, text=0.3, compress=True, pictures=400_000),
+        "4": dict(size=128, batch=64, steps=3000, lr=1e-4, text=1.0, compress=True, pictures=100_000),
+    },
+    "cpu": {                                                 # compressed from the start: 4 x 4, then 8 x 8 positions
+        "vq": dict(size=64, batch=32, steps=3600, lr=2e-3, warm=800, adversary=3600, pool=12_000),
+        "1": dict(size=32, batch=64, steps=1500, lr=1.2e-3, text=0.3, compress=True, pictures=100_000, concepts=True),
+        "2": dict(size=64, batch=48, steps=6000, lr=1.2e-3, text=0.3, compress=True, pictures=150_000),
+    },
+    "paper": {                                               # f = 16, the published sizes; steps and batches of section 2.5
+        "vq": dict(size=256, batch=256, steps=200_000, lr=1e-4, warm=5000, adversary=100_000, pool=200_000),
+        "1": dict(size=256, batch=2048, steps=100_000, lr=1e-4, text=0.0, compress=False, pictures=2_000_000, concepts=True),
+        "2": dict(size=512, batch=512, steps=100_000, lr=1e-4, text=0.0, compress=False, pictures=2_000_000),
+        "3": dict(size=1024, batch=256, steps=42_000, lr=1e-4, text=0.0, compress=True, pictures=2_000_000),
+        "4": dict(size=1024, batch=256, steps=10_000, lr=1e-5, text=1.0, compress=True, pictures=1_000_000),
+    },
 }
+STAGES = ("tokenizer", "vq", "1", "2", "3", "4")
+KEEP = 2                                                     # checkpoints of a stage
 
-VQ_CONFIG = vq.Config(block_out_channels=(16, 32, 64), layers_per_block=1, latent_channels=8, vq_embed_dim=8,
-                      num_vq_embeddings=512, norm_num_groups=8)
-TRANSFORMER_CONFIG = meissonic.Config(num_layers=3, num_single_layers=6, num_attention_heads=6, attention_head_dim=32,
-                                      joint_attention_dim=128, pooled_projection_dim=192, axes_dims_rope=(8, 12, 12),
-                                      codebook_size=512, vocab_size=513)
+SMALL = dict(
+    vq=vq.Config(block_out_channels=(16, 32, 64), layers_per_block=1, latent_channels=8, vq_embed_dim=8,
+                 num_vq_embeddings=512, norm_num_groups=8),
+    transformer=dict(num_layers=3, num_single_layers=6, num_attention_heads=6, attention_head_dim=32,
+                     joint_attention_dim=128, pooled_projection_dim=192, axes_dims_rope=(8, 12, 12), codebook_size=512,
+                     vocab_size=513),
+    text=dict(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, projection_dim=192,
+              max_position_embeddings=32))
+MODELS = {"shapes": SMALL, "cpu": SMALL, "paper": dict(vq=vq.Config(), transformer=dict(), text=dict())}
+ABLATIONS = ("rope", "rate", "qk-norm", "micro", "multimodal", "compression")
 
 
-def text_config(vocabulary):
-    return clip.Config(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
-                       projection_dim=TRANSFORMER_CONFIG.width, max_position_embeddings=TEXT_LENGTH,
-                       vocab_size=len(vocabulary), eos_token_id=vocabulary[clip.END])
+def build(preset, vocabulary, compress, without=None):
+    """Fresh text encoder and transformer of a preset; `without` one of ABLATIONS."""
+    text = dict(MODELS[preset]["text"])
+    text_config = clip.Config(**text, vocab_size=len(vocabulary), eos_token_id=vocabulary[clip.END]) if text else clip.Config()
+    config = meissonic.Config(**MODELS[preset]["transformer"])
+    config.downsample = config.upsample = compress and without != "compression"
+    if without == "multimodal":                              # as many blocks, all with one stream
+        config.num_single_layers, config.num_layers = config.num_single_layers + config.num_layers, 0
+    elif without and without != "compression":
+        config.without = (without,)
+    return clip.TextEncoder(text_config), meissonic.Transformer(config)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -76,15 +116,20 @@ def text_config(vocabulary):
 class Run:
     """A run's folder and settings, and its place among the processes that torchrun started (one without it)."""
 
-    def __init__(self, out, seed=0, device="cpu", resume=False, init=None, save_every=500, look_every=2000):
-        self.out, self.seed, self.resume, self.init = Path(out), seed, resume, init
-        self.save_every, self.look_every = save_every, look_every
+    def __init__(self, out, seed=0, device="cpu", preset="shapes", resume=False, init=None, data=None, save_every=500,
+                 look_every=2000, accumulate=1, shard=False, checkpointing=False, compile=False, lora=None, without=None, stages=None):
+        self.out, self.seed, self.preset, self.resume, self.init, self.data = Path(out), seed, preset, resume, init, data
+        self.save_every, self.look_every, self.accumulate, self.shard = save_every, look_every, accumulate, shard
+        self.checkpointing, self.compile, self.lora, self.without = checkpointing, compile, lora, without
+        self.stages = stages or PRESETS[preset]
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = torch.device(device)
         if self.device.type == "cuda" and self.world > 1:
             self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(self.device)
-        if self.world > 1 and not dist.is_initialized():
+        if (self.world > 1 or shard) and not dist.is_initialized():
+            if self.world == 1:
+                raise sample.UserError("--shard wants several processes: start with torchrun")
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         self.out.mkdir(parents=True, exist_ok=True)
 
@@ -93,11 +138,13 @@ class Run:
         """Whether this process writes: logs and checkpoints come from one."""
         return self.rank == 0
 
-    def part(self, batch):
-        """This process's slice of a global batch of examples; the slices are disjoint and cover it."""
-        if len(batch) % self.world:
-            raise vq.CheckpointError(f"a batch of {len(batch)} does not divide by {self.world} processes")
-        return batch[self.rank::self.world]
+    def parts(self, *batch):
+        """This process's slices of the arrays of a global batch, one for each gradient accumulation; over all
+        processes they are disjoint and cover it."""
+        number = self.world * self.accumulate
+        if len(batch[0]) % number:
+            raise sample.UserError(f"a batch of {len(batch[0])} does not divide by {self.world} processes x {self.accumulate}")
+        return [tuple(a[self.rank + self.world * i::number] for a in batch) for i in range(self.accumulate)]
 
     def total(self, tensor):
         """The sum over all processes."""
@@ -116,7 +163,7 @@ class Run:
 
     def rng(self, stage, step, attempt=0):
         """The generator of all random choices of one step, the same in all processes."""
-        return np.random.default_rng([self.seed, list(STAGES).index(stage), step, attempt])
+        return np.random.default_rng([self.seed, STAGES.index(stage), step, attempt])
 
     @contextlib.contextmanager
     def precision(self):
@@ -126,6 +173,20 @@ class Run:
         with torch.autocast(self.device.type, torch.bfloat16), attention:
             yield
 
+    def parallel(self, student):
+        """The student over all processes: replicated, or with --shard each block's parameters, gradients and
+        moments split (ZeRO-3, by PyTorch's fully_shard)."""
+        if not self.shard:
+            return DistributedDataParallel(student) if self.world > 1 else student
+        for block in blocks_of(student):
+            fully_shard(block)
+        return fully_shard(student)
+
+
+def blocks_of(student):
+    transformer = getattr(student, "transformer", None)
+    return [*transformer.transformer_blocks, *transformer.single_transformer_blocks] if transformer else []
+
 
 def learning_rate(step, steps, peak, warmup=100):
     """Linear warm-up, then a cosine to 2% of the peak."""
@@ -133,63 +194,87 @@ def learning_rate(step, steps, peak, warmup=100):
 
 
 def decay_groups(module, scale=1.0, weight_decay=0.01):
-    """AdamW groups: decay on matrices and kernels alone; not on biases, norms and embeddings (SPEC section 6).
-    `scale` multiplies the learning rate."""
+    """AdamW groups of what is trained: decay on matrices and kernels alone; not on biases, norms and embeddings
+    (SPEC section 6). `scale` multiplies the learning rate."""
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-    decayed = [p for p in module.parameters() if p.dim() > 1 and id(p) not in embeddings]
-    rest = [p for p in module.parameters() if p.dim() <= 1 or id(p) in embeddings]
-    return [dict(params=decayed, weight_decay=weight_decay, scale=scale), dict(params=rest, weight_decay=0.0, scale=scale)]
+    trained = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    spared = lambda n, p: p.dim() <= 1 or id(p) in embeddings or n.endswith("positions")
+    return [dict(params=[p for n, p in trained if not spared(n, p)], weight_decay=weight_decay, scale=scale),
+            dict(params=[p for n, p in trained if spared(n, p)], weight_decay=0.0, scale=scale)]
 
 
-def fit(run, stage, student, groups, loss_of, steps, lr, finish, average=0.999, patience=3):
+def fit(run, stage, student, groups_of, losses, batch, steps, lr, finish, average=0.999, patience=3):
     """Train `student` (a module on run.device) for `steps` steps and keep an average of its weights.
 
-    groups                    the optimizer's, from decay_groups
-    loss_of(model, step, rng) -> (loss, {name: number to log}); `model` is student, behind data parallelism
-    finish(shadow, step)      called with the averaged student at each save, in the first process
+    groups_of()               the optimizer's groups, from decay_groups; asked for after the student is sharded
+    losses(model, step, attempt)  yields (loss, {name: number to log}) for each gradient accumulation; `model` is student,
+                              behind data parallelism; their sum over accumulations, averaged over processes, is the loss
+    finish(average, step)     called at each save in the first process with {name: tensor}, averaged where it is trained
     A step with a non-finite loss or gradient is dropped; after `patience` in a row the last checkpoint is loaded
     and training goes on with other data (the paper, section 2.2, after LLaMA). SIGTERM and Ctrl-C save first.
     """
-    shadow = copy.deepcopy(student)
+    if run.compile:
+        for block in blocks_of(student) or [student]:
+            block.compile()
+    model = run.parallel(student)
+    groups = [g for g in groups_of() if g["params"]]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=run.device.type == "cuda")
-    path = run.out / f"{stage}.checkpoint.safetensors"
+    live = trained(student)
+    shadow = {k: v.detach().clone() for k, v in live.items()}
     step, attempt, bad = 0, 0, 0
-    if run.resume and path.is_file():
-        step, attempt = load_checkpoint(path, optimizer, student, shadow)
-    model = DistributedDataParallel(student) if run.world > 1 else student
-    log = Log(run, stage, step, steps)
+    if run.resume and checkpoints(run.out, stage):
+        step, attempt = load_checkpoint(checkpoints(run.out, stage)[-1], optimizer, live, shadow)
+    log = Log(run, stage, step, steps, batch)
 
     def save():
+        mean = {k: whole(shadow.get(k, v)) for k, v in student.state_dict().items()}    # all processes take part
+        flat = {f"shadow.{k}": mean[k] for k in live} | {f"student.{k}": whole(v) for k, v in live.items()}
+        for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"]):
+            flat |= {f"optimizer.{i}.{k}": whole(v) for k, v in optimizer.state[p].items()}
         if run.first:
-            save_checkpoint(path, step, attempt, optimizer, student, shadow)
-            finish(shadow, step)
+            save_checkpoint(run.out / f"{stage}-{step:07d}.checkpoint.safetensors", flat, step, attempt)
+            for old in checkpoints(run.out, stage)[:-KEEP]:
+                old.unlink()
+            finish(mean, step)
         run.wait()
 
     if step == 0:
-        save()                                                  # a good state to go back to from the first step on
+        if run.first:
+            for old in checkpoints(run.out, stage):                        # of a run that is not gone on with
+                old.unlink()
+        save()                                                             # a good state to go back to from the first step on
     with Stop() as stop:
         while step < steps:
-            set_rate(optimizer, learning_rate(step, steps, lr))
-            with run.precision():
-                loss, values = loss_of(model, step, run.rng(stage, step, attempt))
+            rate = learning_rate(step, steps, lr)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["scale"]
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-            mean, stopping = run.total(torch.tensor([float(loss.detach()) / run.world, float(stop.asked)])).tolist()
+            loss, values = 0.0, {}
+            for i, (part, seen) in enumerate(losses(model, step, attempt)):
+                last = i == run.accumulate - 1                             # gradients travel once
+                if run.shard:
+                    model.set_requires_gradient_sync(last)
+                elif run.world > 1:
+                    model.require_backward_grad_sync = last
+                part.backward()
+                loss = loss + part.detach()
+                values = {k: values.get(k, 0) + v / run.accumulate for k, v in seen.items()}
+            norm = float(whole(nn.utils.clip_grad_norm_([p for g in groups for p in g["params"]], 1.0)))
+            mean, stopping = run.total(torch.tensor([float(loss) / run.world, float(stop.asked)])).tolist()
             step += 1
             if math.isfinite(mean) and math.isfinite(norm):
                 bad = 0
                 optimizer.step()
-                decay = min(average, step / (step + 10))        # quick at first
+                decay = min(average, step / (step + 10))                   # quick at first
                 with torch.no_grad():
-                    for old, new in zip(shadow.state_dict().values(), student.state_dict().values()):
-                        old.lerp_(new, 1 - decay)
+                    for k, v in live.items():
+                        shadow[k].mul_(decay).add_(v, alpha=1 - decay)
                 log.add(step, loss=mean, **values)
             else:
                 bad += 1
-                log.event(step, "dropped", loss=mean, norm=float(norm))
+                log.event(step, "dropped", loss=mean, norm=norm)
                 if bad == patience:
-                    step, attempt = load_checkpoint(path, optimizer, student, shadow)
+                    step, attempt = load_checkpoint(checkpoints(run.out, stage)[-1], optimizer, live, shadow)
                     attempt, bad = attempt + 1, 0
                     log.event(step, "reloaded", attempt=attempt)
             if step % run.save_every == 0 or step == steps or stopping:
@@ -197,11 +282,6 @@ def fit(run, stage, student, groups, loss_of, steps, lr, finish, average=0.999, 
             if stopping:
                 raise KeyboardInterrupt
     log.close()
-
-
-def set_rate(optimizer, rate):
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group["scale"]
 
 
 class Stop:
@@ -220,33 +300,62 @@ class Stop:
             signal.signal(number, handler)
 
 
-def save_checkpoint(path, step, attempt, optimizer, student, shadow):
-    """One safetensors file with both state dicts, the optimizer's moments and the step. Written beside the one before
-    and renamed over it: killed at any moment, or on a full disk, a whole one is there."""
-    flat = {f"student.{k}": v for k, v in student.state_dict().items()}
-    flat |= {f"shadow.{k}": v for k, v in shadow.state_dict().items()}
-    for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"]):
-        flat |= {f"optimizer.{i}.{k}": v for k, v in optimizer.state[p].items()}
-    flat = {k: v.detach().cpu().contiguous().clone() for k, v in flat.items()}
+def trained(student):
+    """{name: tensor} of a run's state: the parameters that are trained, and buffers."""
+    frozen = {n for n, p in student.named_parameters() if not p.requires_grad}
+    return {k: v for k, v in student.state_dict().items() if k not in frozen}
+
+
+def whole(tensor):
+    """A tensor that may be split over processes, as one on the CPU; all processes must ask."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+
+
+def copy_in(target, value):
+    """Overwrite `target`, split over processes or not, with a whole tensor."""
+    if isinstance(target, DTensor):
+        value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
+    with torch.no_grad():
+        target.copy_(value)
+
+
+def checkpoints(out, stage):
+    """A stage's checkpoint files, oldest first."""
+    return sorted(out.glob(f"{stage}-*.checkpoint.safetensors"))
+
+
+def save_checkpoint(path, flat, step, attempt):
+    """One safetensors file with the weights, their average, the optimizer's moments and the step. Written beside and
+    renamed: killed at any moment, or on a full disk, the one before is whole."""
+    flat = {k: v.contiguous().clone() for k, v in flat.items()}
     try:
         vq.write_whole(path, lambda p: save_file(flat, p, metadata={"step": str(step), "attempt": str(attempt)}))
     except Exception as e:                                     # safetensors wraps "no space left" in its own error
         raise vq.CheckpointError(f"{path}: the checkpoint could not be written ({e}); the last one is whole") from None
 
 
-def load_checkpoint(path, optimizer, student, shadow):
-    """Restore what save_checkpoint wrote -> (step, attempt). Raises CheckpointError for a file that is none."""
+def load_checkpoint(path, optimizer, live, shadow):
+    """Restore what fit saved -> (step, attempt). Raises CheckpointError for a file that is none."""
     try:
         with safe_open(path, framework="pt") as file:
             about, flat = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}
-        part = lambda name: {k.removeprefix(name + "."): v for k, v in flat.items() if k.startswith(name + ".")}
-        student.load_state_dict(part("student"))
-        shadow.load_state_dict(part("shadow"))
+        for name, target in (("student", live), ("shadow", shadow)):
+            for k, v in target.items():
+                copy_in(v, flat[f"{name}.{k}"])
         for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"]):
-            optimizer.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in part(f"optimizer.{i}").items()}
+            saved, optimizer.state[p] = strip(flat, f"optimizer.{i}."), {}
+            for k, v in saved.items():
+                optimizer.state[p][k] = v.to(p.device if optimizer.defaults["fused"] else "cpu") if k == "step" \
+                    else torch.zeros_like(p.detach())
+                copy_in(optimizer.state[p][k], v)
         return int(about["step"]), int(about["attempt"])
-    except Exception as e:                                     # not safetensors, other tensors, other metadata
+    except (SafetensorError, OSError, KeyError, RuntimeError, TypeError, ValueError) as e:   # another file, or of another model
         raise vq.CheckpointError(f"{path}: not a checkpoint of this run ({e})") from None
+
+
+def strip(flat, prefix):
+    """The entries whose names begin with a prefix, without it."""
+    return {k.removeprefix(prefix): v for k, v in flat.items() if k.startswith(prefix)}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -256,9 +365,9 @@ def load_checkpoint(path, optimizer, student, shadow):
 class Log:
     """In the first process: a progress bar, log.jsonl (a line every 50 steps and for each event), loss.png."""
 
-    def __init__(self, run, stage, first, steps, every=50):
-        self.run, self.stage, self.every, self.sums, self.count = run, stage, every, {}, 0
-        self.bar = tqdm(total=steps, initial=first, desc=stage, disable=not run.first)
+    def __init__(self, run, stage, first, steps, batch, every=50):
+        self.run, self.stage, self.batch, self.every, self.sums, self.count = run, stage, batch, every, {}, 0
+        self.bar = tqdm(total=steps, initial=first, desc=f"stage {stage}", disable=not run.first)
         self.path = run.out / "log.jsonl"
         self.start, self.first = time.perf_counter(), first
 
@@ -270,7 +379,8 @@ class Log:
         self.bar.update(step - self.bar.n)
         if step % self.every == 0:
             means = {k: round(v / self.count, 5) for k, v in self.sums.items()}
-            means["steps_per_second"] = round((step - self.first) / (time.perf_counter() - self.start), 2)
+            done = self.batch * (step - self.first)
+            means["samples_per_second"] = round(done / (time.perf_counter() - self.start), 1)
             self.bar.set_postfix(means)
             self.write(step, **means)
             self.sums, self.count = {}, 0
@@ -284,38 +394,48 @@ class Log:
 
     def write(self, step, **values):
         if self.run.first:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(dict(stage=self.stage, step=step, **values)) + "\n")
+            write_line(self.run, stage=self.stage, step=step, **values)
             draw_losses(self.path, self.run.out / "loss.png")
 
     def close(self):
         self.bar.close()
 
 
+def write_line(run, **entry):
+    with open(run.out / "log.jsonl", "a") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
 def draw_losses(log, path, width=640, height=320):
-    """log.jsonl -> a PNG with one curve for each stage, the loss on a logarithmic scale."""
-    curves = {}
+    """log.jsonl -> a PNG, losses on a logarithmic scale: the VQ model above, below it the other stages side by side
+    on one scale, so that the seams between them show."""
+    rows = {}
     for line in log.read_text().splitlines():
         entry = json.loads(line)
         if "event" not in entry and entry["loss"] > 0:
-            curves.setdefault(entry["stage"], []).append((entry["step"], math.log10(entry["loss"])))
-    picture = Image.new("RGB", (width, height * max(1, len(curves))), "white")
+            points = rows.setdefault(entry["stage"] == "vq", {}).setdefault(entry["stage"], {})
+            points[entry["step"]] = math.log10(entry["loss"])            # a step that was gone back on: the last counts
+    picture = Image.new("RGB", (width, height * max(1, len(rows))), "white")
     pen = ImageDraw.Draw(picture)
-    for row, (stage, points) in enumerate(curves.items()):
-        steps, values = np.array(points).T
-        low, high = values.min(), max(values.max(), values.min() + 1e-3)
-        x = 60 + (width - 80) * steps / steps.max()
-        y = height * row + 20 + (height - 60) * (high - values) / (high - low)
-        if len(points) > 1:
-            pen.line(list(zip(x, y)), fill=data.COLOURS["blue"], width=2)
-        pen.text((60, height * (row + 1) - 30), f"{stage}: loss over {int(steps.max())} steps", fill="black")
-        for value, at in ((high, y.min()), (low, y.max())):
-            pen.text((5, at - 6), f"{10 ** value:.3g}", fill="black")
+    for row, (_, curves) in enumerate(sorted(rows.items(), reverse=True)):
+        values = [v for points in curves.values() for v in points.values()]
+        low, high = min(values), max(max(values), min(values) + 1e-3)
+        place = lambda v: height * row + 20 + (height - 60) * (high - v) / (high - low)
+        share, left = (width - 80) / sum(max(points) for points in curves.values()), 60
+        for stage, points in curves.items():
+            line = [(left + share * step, place(v)) for step, v in points.items()]
+            pen.line([(left, height * row + 20), (left, height * (row + 1) - 40)], fill="lightgrey")
+            if len(line) > 1:
+                pen.line(line, fill=data.COLOURS["blue"], width=2)
+            pen.text((left, height * (row + 1) - 30), f"{stage}: {max(points)} steps", fill="black")
+            left += share * max(points)
+        for value in (low, high):
+            pen.text((5, place(value) - 6), f"{10 ** value:.3g}", fill="black")
     vq.write_whole(path, lambda p: picture.save(p, "PNG"))
 
 
-def look(run, number=16):
-    """Draw sheet.png, pictures for fixed captions, and score the six tasks, with the model as saved so far."""
+def look(run, stage, step, number=16):
+    """Draw sheet.png, pictures for fixed captions, score the six tasks with the model as saved so far, and log both."""
     pipeline = sample.Pipeline(run.out, run.device)
     texts = [text for task in data.TASKS[1:] for text, _ in data.test_claims(task, 4, seed=1)]
     pictures = pipeline(texts, [0] * len(texts))
@@ -324,7 +444,46 @@ def look(run, number=16):
     for i, picture in enumerate(pictures):
         sheet.paste(picture, (i // 4 * side, i % 4 * side))
     vq.write_whole(run.out / "sheet.png", lambda p: sheet.save(p, "PNG"))
-    return {k: round(v, 3) for k, v in sample.score_tasks(pipeline, number, progress=iter).items()}
+    scores = {k: round(v, 3) for k, v in sample.score_tasks(pipeline, number, progress=iter).items()}
+    write_line(run, stage=stage, step=step, event="scores", **scores)
+    tqdm.write(f"stage {stage} step {step}: " + ", ".join(f"{k} {v:.2f}" for k, v in scores.items()))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Pictures, and their tokens
+
+
+class World:
+    """`number` examples of the world of shapes; the i-th comes from a generator seeded with (seed, stage, i)."""
+    def __init__(self, seed, stage, size, number, concepts=False):
+        self.key, self.size, self.number, self.concepts = [seed, STAGES.index(stage), 2 ** 32], size, number, concepts
+
+    def __len__(self):
+        return self.number
+
+    def __getitem__(self, i):                                    # -> (size, size, 3) uint8, caption, micro (5,) float32
+        return data.training_example(np.random.default_rng([*self.key, i]), self.size, self.concepts)
+
+
+class Disk:
+    """The pictures of --data, each resized and cropped at a place of its own."""
+    def __init__(self, source, seed, size):
+        self.pictures, self.seed, self.size = data.Pictures(source), seed, size
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def __getitem__(self, i):                                    # as World; raises data.PictureError
+        picture, text, score = self.pictures[i]
+        crop, (height, width, top, left) = data.crop(picture, self.size, np.random.default_rng([self.seed, i]))
+        return crop, text, np.array([width, height, top, left, data.CLEAN if score is None else score], np.float32)
+
+
+def source_of(run, stage):
+    preset = run.stages[stage]
+    if run.data:
+        return Disk(run.data, run.seed, preset["size"])
+    return World(run.seed, stage, preset["size"], preset.get("pictures") or preset["pool"], preset.get("concepts", False))
 
 
 def pixels(pictures):
@@ -332,17 +491,95 @@ def pixels(pictures):
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
 
 
+def token_folder(run, stage):
+    return run.out / "tokens" / stage
+
+
+def encode(run, stage, chunk=1000):
+    """Write each picture of a stage's source as tokens, once, `chunk` to a file: tokens (M, h, w) int16, text (M, L)
+    int32, micro (M, 5) float32. Files that are there are kept, so an interrupted run loses one chunk at most; each
+    process writes every world-th file. A picture that cannot be read is skipped, counted and named in its file."""
+    source, folder = source_of(run, stage), token_folder(run, stage)
+    about = {"source": f"{run.data or 'shapes'}, {len(source)} pictures of {run.stages[stage]['size']} px, seed {run.seed}"}
+    tokenizer = clip.Tokenizer.from_pretrained(run.out / "tokenizer")
+    model = vq.VQModel.from_pretrained(run.out / "vqvae", device=run.device)
+    model = model.to(memory_format=torch.channels_last)                      # 1.25x on a CPU
+    folder.mkdir(parents=True, exist_ok=True)
+    for k in tqdm(range(run.rank, math.ceil(len(source) / chunk), run.world), f"encode {stage}", disable=not run.first):
+        path, skipped, read = folder / f"{k:06d}.safetensors", [], []
+        if path.is_file() and metadata(path).get("source") == about["source"]:
+            continue
+        for i in range(k * chunk, min((k + 1) * chunk, len(source))):
+            try:
+                read.append(source[i])
+            except data.PictureError as e:
+                skipped.append(str(e))
+        if read:
+            pictures, captions, micro = zip(*read)
+            with torch.no_grad():
+                tokens = [model.encode(part.to(run.device)).short().cpu() for part in pixels(np.stack(pictures)).split(50)]
+            flat = dict(tokens=torch.cat(tokens), text=tokenizer(captions).int(), micro=torch.from_numpy(np.stack(micro)))
+        else:
+            flat = dict(tokens=torch.zeros(0, 1, 1, dtype=torch.int16))
+        vq.write_whole(path, lambda p: save_file(flat, p, metadata=about | {"skipped": json.dumps(skipped)}))
+    run.wait()
+    skipped = [name for path in sorted(folder.glob("*.safetensors")) for name in json.loads(metadata(path)["skipped"])]
+    if skipped and run.first:
+        print(f"{len(skipped)} pictures skipped; the first: {'; '.join(skipped[:3])}", file=sys.stderr)
+        (run.out / "skipped.txt").write_text("\n".join(skipped) + "\n", encoding="utf-8")
+
+
+def metadata(path):
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as e:
+        raise vq.CheckpointError(f"{path}: not a whole safetensors file ({e}); remove it") from None
+
+
+class Tokens:
+    """What `encode` wrote, mapped and not read: memory holds what is being used."""
+    def __init__(self, folder):
+        self.files = []
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                if "text" in file.keys():
+                    self.files.append({k: file.get_tensor(k) for k in ("tokens", "text", "micro")})
+        if not self.files:
+            raise sample.UserError(f"{folder}: no picture in it could be read")
+        self.ends = np.cumsum([len(f["text"]) for f in self.files])
+        self.grid = self.files[0]["tokens"].shape[1:]
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def __getitem__(self, index):
+        """(B,) numpy -> tokens (B, h, w) int64, text (B, L) int64, micro (B, 5) float32."""
+        which = np.searchsorted(self.ends, index, side="right")
+        rows = index - np.concatenate(([0], self.ends))[which]
+        pick = lambda key: torch.stack([self.files[f][key][r] for f, r in zip(which, rows)])
+        return pick("tokens").long() & 0xFFFF, pick("text").long(), pick("micro")
+
+
+def examples(seed, step, batch, number):
+    """The examples of a step, (batch,) indices: every permutation of the data is gone through before the next."""
+    return np.array([order((*seed, p // number), number)[p % number] for p in range(step * batch, (step + 1) * batch)])
+
+
+@lru_cache(maxsize=2)
+def order(seed, number):
+    return np.random.default_rng(seed).permutation(number)
+
+
 # ---------------------------------------------------------------------------------------------------------
-# 1. Tokenizer
+# Tokenizer
 
 
-def train_tokenizer(seed, captions=20_000):
-    """Byte pairs from the world's captions, enough merges that each of its words is one token."""
-    rng = np.random.default_rng(seed)
-    texts = [data.caption(rng, data.sample_claim(rng)) for _ in range(captions)]
+def train_tokenizer(captions, length):
+    """Byte pairs from captions, enough merges that each word of the world of shapes is one token."""
     bpe = clip.byte_pair_tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=clip.END))
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
+    bpe.train_from_iterator(captions, trainers.BpeTrainer(
         vocab_size=1024, min_frequency=2, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False))
     # CLIP's vocabulary: all bytes, all bytes that end a word, the merges, then the two special tokens.
     trained = json.loads(bpe.to_str())["model"]
@@ -350,70 +587,127 @@ def train_tokenizer(seed, captions=20_000):
     words = sorted(alphabet) + [a + "</w>" for a in sorted(alphabet)] + ["".join(m) for m in merges]
     vocabulary = {w: i for i, w in enumerate(dict.fromkeys(words + [clip.START, clip.END]))}
     return clip.Tokenizer(clip.byte_pair_tokenizer(models.BPE(
-        vocabulary, merges, end_of_word_suffix="</w>", unk_token=clip.END)), TEXT_LENGTH)
+        vocabulary, merges, end_of_word_suffix="</w>", unk_token=clip.END)), length)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # 2. VQ model
 
 
+# ---------------------------------------------------------------------------------------------------------
+# VQ model
+
+
 class VQStudent(nn.Module):
-    """The VQ model with its losses: reconstruction, codebook and commitment (van den Oord et al. 2017)."""
+    """The VQ model with its losses: reconstruction, codebook and commitment (van den Oord et al. 2017), and the
+    adversarial one of VQ-GAN (Esser et al. 2021, section 3.1)."""
     def __init__(self, model):
         super().__init__()
-        self.vq = model
+        self.vq, self.critic = model, critic()
+        entries = model.config.num_vq_embeddings
+        self.register_buffer("share", torch.full((entries,), 1 / entries))      # of the latents that each code serves
 
-    def forward(self, images, quantise):
+    def forward(self, images, quantise, adversary):
         """images (B, 3, H, W) -> loss, reconstruction error, latents (B h w, E), their tokens and squared distances
         to the codebook (B h w,); without `quantise` a plain autoencoder and no tokens."""
         latent = self.vq.latent(images).float()                                                  # (B, E, h, w)
         passed, tokens, miss = latent, None, None
         extra = 0.0 * self.vq.quantize.embedding.weight.sum()                # every parameter has its gradient
         if quantise:
-            tokens = self.vq.tokens_of(latent.detach())
+            tokens = self.choose(rows(latent.detach())).view(len(images), *latent.shape[2:])
             vectors = self.vq.vectors_of(tokens)
-            extra = F.mse_loss(vectors, latent.detach()) + 0.5 * F.mse_loss(latent, vectors.detach())
+            extra = F.mse_loss(vectors, latent.detach()) + F.mse_loss(latent, vectors.detach())
             miss = (latent - vectors).detach().square().sum(1).flatten()
             passed = latent + (vectors - latent).detach()                    # straight through
             tokens = tokens.flatten()
         decoded = self.vq.pixels(passed).float()
         error = F.mse_loss(decoded, images)
-        return error + 0.1 * F.l1_loss(decoded, images) + 0.1 * extra, error, rows(latent.detach()), tokens, miss
+        loss = error + 0.1 * F.l1_loss(decoded, images)
+        return loss + 0.1 * extra + self.duel(images, decoded, loss, adversary), error, rows(latent.detach()), tokens, miss
+
+    def choose(self, latents, price=0.1):
+        """(M, E) -> (M,) codes by squared distance - price log(share): entropy-constrained quantisation (Chou,
+        Lookabaugh and Gray 1989). The encoder commits to the commoner code, and a flat ground ends as one token
+        instead of a dozen that differ by chance, which no transformer can predict."""
+        distance = torch.cdist(latents, self.vq.quantize.embedding.weight.detach().float()).square()
+        tokens = (distance - price * self.share.log()).argmin(1)
+        if self.training:
+            now = torch.bincount(tokens, minlength=len(self.share)) / len(tokens)
+            self.share.lerp_(now, 0.01).clamp_(min=1e-5)
+        return tokens
+
+    def duel(self, images, decoded, loss, on):
+        """What discriminator and decoder add to the loss: the hinge, and minus the logit of the decoded picture in
+        the weight at which its gradient at the last layer is 0.8 of the reconstruction's. Each learns from its own
+        part alone, so that one optimizer serves both."""
+        if not on:
+            return 0.0 * sum(p.sum() for p in self.critic.parameters())
+        hinge = F.relu(1 - self.critic(images)).mean() + F.relu(1 + self.critic(decoded.detach())).mean()
+        fixed = {k: v.detach() for k, v in self.critic.named_parameters()}
+        fooled = -torch.func.functional_call(self.critic, fixed, decoded).mean()
+        last = self.vq.decoder.conv_out.weight
+        strength = lambda x: torch.autograd.grad(x, last, retain_graph=True)[0].norm()
+        weight = (strength(loss) / (strength(fooled) + 1e-4)).clamp(max=1e4).detach()
+        return hinge + 0.8 * weight * fooled
 
 
-def train_vq(run, size, steps, batch, lr, warm, pool):
+def critic(width=32):
+    """A patch discriminator (Isola et al. 2017): (B, 3, H, W) -> (B, 1, H / 8, W / 8) logits. NOTE group norm where
+    VQ-GAN has batch norm, so that no statistics cross pictures or processes."""
+    layer = lambda a, b: [nn.Conv2d(a, b, 4, 2, 1), nn.GroupNorm(8, b), nn.LeakyReLU(0.2)]
+    return nn.Sequential(nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2), *layer(width, 2 * width),
+                         *layer(2 * width, 4 * width), nn.Conv2d(4 * width, 1, 3, 1, 1))
+
+
+def train_vq(run, size, steps, batch, lr, warm, adversary, pool):
     """From nothing a codebook collapses: the first `warm` steps train a plain autoencoder, then k-means over its
-    distinct latents gives the codebook. Codes that nobody used for 50 steps move to the latents served worst."""
+    distinct latents gives the codebook. Codes that nobody used for 50 steps move to the latents served worst.
+    From step `adversary` on the discriminator takes part."""
     torch.manual_seed(run.seed)
-    student = VQStudent(vq.VQModel(VQ_CONFIG)).to(run.device)
+    student = VQStudent(vq.VQModel(MODELS[run.preset]["vq"])).to(run.device)
     book = student.vq.quantize.embedding.weight
-    rng = run.rng("vq", 2 ** 32)                                             # apart from the training steps
-    stock = np.stack([np.asarray(data.example(rng, size)[0]) for _ in range(pool)])              # (pool, H, W, 3)
+    stock = np.stack(readable(source_of(run, "vq"), pool)[0])                                    # (pool, H, W, 3)
     used = torch.zeros(len(book), device=run.device)
 
-    def loss_of(model, step, rng):
-        images = pixels(stock[run.part(rng.integers(pool, size=batch))]).to(run.device)
+    def losses(model, step, attempt):
+        rng = run.rng("vq", step, attempt)
         if step == warm:
             with torch.no_grad():
                 seen = torch.cat([rows(student.vq.latent(pixels(stock[i:i + 64]).to(run.device)).float())
-                                  for i in range(0, min(pool, 640), 64)])
+                                  for i in range(0, min(len(stock), 640), 64)])
                 book.copy_(k_means(distinct(seen), len(book), rng))
             run.same(book)
-        loss, error, latents, tokens, miss = model(images, step >= warm)
-        if tokens is not None:
-            used.add_(torch.bincount(tokens, minlength=len(book)))
-            if step % 50 == 49:
-                run.total(used)
-                if step < 0.8 * steps:
-                    revive(book, used, latents, miss, rng)
-                    run.same(book)
-        codes = (used > 0).sum()
-        if step % 50 == 49:
+        for part, in run.parts(rng.integers(len(stock), size=batch)):
+            with run.precision():
+                loss, error, latents, tokens, miss = model(pixels(stock[part]).to(run.device), step >= warm, step >= adversary)
+            if tokens is not None:
+                used.add_(torch.bincount(tokens, minlength=len(book)))
+            yield loss / run.accumulate, dict(psnr=-10 * math.log10(float(error.detach())), codes=(used > 0).sum())
+        if step >= warm and step % 50 == 49:
+            run.total(used)
+            if step < 0.8 * steps:
+                revive(book, used, latents, miss, rng)
+                run.same(book)
+                student.share.masked_fill_(used == 0, 1 / len(book))
             used.zero_()
-        return loss, dict(psnr=-10 * math.log10(float(error.detach())), codes=codes)
 
-    fit(run, "vq", student, decay_groups(student), loss_of, steps, lr,
-        lambda shadow, step: shadow.vq.save_pretrained(run.out / "vqvae", torch.float16))
+    def finish(average, step):
+        model = vq.VQModel(student.vq.config)
+        model.load_state_dict(strip(average, "vq."))
+        model.save_pretrained(run.out / "vqvae", torch.float16)
+
+    fit(run, "vq", student, lambda: decay_groups(student), losses, batch, steps, lr, finish)
+
+
+def readable(source, number):
+    """The first `number` examples of a source, less those that cannot be read -> (pictures, captions, micro)."""
+    examples = []
+    for i in range(min(number, len(source))):
+        with contextlib.suppress(data.PictureError):
+            examples.append(source[i])
+    if not examples:
+        raise sample.UserError("no picture of --data could be read")
+    return tuple(zip(*examples))
 
 
 def rows(latent):
@@ -452,7 +746,7 @@ def revive(book, used, latents, miss, rng):
 
 
 # ---------------------------------------------------------------------------------------------------------
-# 3. Transformer
+# Transformer
 
 
 def sample_mask(rng, batch, tokens):
@@ -466,32 +760,32 @@ def sample_mask(rng, batch, tokens):
 
 
 class Student(nn.Module):
-    """What the last stage trains: the text encoder and the transformer together."""
+    """What the stages train: the text encoder and the transformer together."""
     def __init__(self, encoder, transformer):
         super().__init__()
         self.encoder, self.transformer = encoder, transformer
         self.probe = nn.Linear(transformer.config.pooled_projection_dim, transformer.config.codebook_size)
 
-    def forward(self, ids, tokens, mask, rates, size):
-        """ids (B, L), tokens (B, h, w) int64, mask (B, h * w) bool, rates (B,), size in pixels -> summed
+    def forward(self, ids, tokens, mask, rates, micro):
+        """ids (B, L), tokens (B, h, w) int64, mask (B, h * w) bool, rates (B,), micro (B, 5) -> summed
         cross-entropy of the masked tokens, and the probe's. The masking-rate condition is the rate in 1000 levels.
 
         The probe: a text tower that starts from nothing says nothing, and the transformer learns to do without it.
         So a linear layer, thrown away at the end, predicts each picture's histogram of tokens from the pooled text."""
         hidden, pooled = self.encoder(ids)
         masked = tokens.flatten(1).masked_fill(mask, self.transformer.config.mask_token).view(tokens.shape)
-        micro = torch.tensor([size, size, 0, 0, SCORE], device=ids.device).expand(len(ids), 5)
         x = self.transformer.features(masked, hidden, pooled, micro, (rates * 1000).round() / 1000)
         x = self.transformer.head_features(x.flatten(1, 2)[mask])                               # (masked, C)
         weight = self.transformer.mlm_layer.conv2.weight.flatten(1)                             # (V, C)
         loss = kernels.linear_cross_entropy(x, weight, tokens.flatten(1)[mask]).sum()
-        histogram = F.one_hot(tokens.flatten(1), len(weight)).float().mean(1)                   # (B, V)
+        histogram = torch.zeros(len(ids), len(weight), device=ids.device).scatter_add_(
+            1, tokens.flatten(1), torch.ones_like(tokens.flatten(1), dtype=torch.float32)) / mask.shape[1]     # (B, V)
         return loss, F.cross_entropy(self.probe(pooled).float(), histogram)
 
 
-def new_student(tokenizer):
-    """Fresh weights; adaptive norms start at zero, so that every block starts as the identity (DiT)."""
-    student = Student(clip.TextEncoder(text_config(tokenizer.bpe.get_vocab())), meissonic.Transformer(TRANSFORMER_CONFIG))
+def fresh(student):
+    """Initialise in place: adaptive norms start at zero, so that every block starts as the identity (DiT)."""
+    width = student.transformer.config.width
     for module in student.modules():
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.3)       # large against a step of Adam
@@ -501,107 +795,249 @@ def new_student(tokenizer):
         elif isinstance(module, meissonic.AdaNorm):
             nn.init.zeros_(module.linear.weight)
             nn.init.zeros_(module.linear.bias)
-    # The five micro conditions fill 1280 inputs, nearly constant ones, beside the pooled text's 192.
-    student.transformer.cond_embed.linear_1.weight.data[:, TRANSFORMER_CONFIG.width:] *= 0.1
-    student.transformer.cond_embed.linear_1.weight.data[:, :TRANSFORMER_CONFIG.width] *= 2.5
-    return student
+    # The five micro conditions fill 1280 inputs, nearly constant ones, beside the pooled text's C.
+    student.transformer.cond_embed.linear_1.weight.data[:, width:] *= 0.1
+    student.transformer.cond_embed.linear_1.weight.data[:, :width] *= 2.5
 
 
-def encode(run, path, size, stock, chunk=2000):
-    """Draw `stock` captioned pictures and keep them as tokens (M, h, w) int16 and text (M, L) int16."""
-    tokenizer = clip.Tokenizer.from_pretrained(run.out / "tokenizer")
-    model = vq.VQModel.from_pretrained(run.out / "vqvae", device=run.device)
-    model = model.to(memory_format=torch.channels_last)                      # 1.25x on a CPU
-    tokens, texts = [], []
-    for i in tqdm(range(math.ceil(stock / chunk)), "encode"):
-        rng = run.rng("transformer", 2 ** 32 + i)                            # apart from the training steps
-        pictures, captions, _ = zip(*(data.example(rng, size) for _ in range(min(chunk, stock - i * chunk))))
-        batch = pixels(np.stack([np.asarray(p) for p in pictures]))
-        with torch.no_grad():
-            tokens.append(torch.cat([model.encode(part.to(run.device)) for part in batch.split(50)]).short().cpu())
-        texts.append(tokenizer(captions).short())
-    vq.write_whole(path, lambda p: save_file(dict(tokens=torch.cat(tokens), text=torch.cat(texts)), p))
+@torch.no_grad()
+def add_compression(plain):
+    """A transformer without compression layers -> one with them, its other weights carried over (stage 3). A
+    block position then starts as the mean of its 2 x 2 tokens and gives the same features to all four; a little
+    noise lets the four come apart."""
+    width = plain.config.width
+    model = meissonic.Transformer(meissonic.Config(**{**vars(plain.config), "downsample": True, "upsample": True}))
+    model.load_state_dict(plain.state_dict(), strict=False)
+    down, up = model.down_block.downsample.conv.weight, model.up_block.upsample.conv.weight      # (C, C, 2, 2)
+    for weight, share in ((down, 0.25), (up, 1.0)):
+        weight.copy_(share * (torch.eye(width)[:, :, None, None] + 0.1 * width ** -0.5 * torch.randn(width, width, 2, 2)))
+    return model
 
 
-def train_transformer(run, size, steps, batch, lr, stock, dropout=0.1):
-    """Masked-token modelling (SPEC section 6); the caption is empty with probability `dropout`, for guidance."""
+def new_student(run, preset):
+    """The student a stage starts with: from the model in the run's folder if there is one (the stage before, or
+    --init), else fresh; compression layers added where the stage has them and that model has not."""
     torch.manual_seed(run.seed)
-    store = run.out / "stock.safetensors"
-    if run.first and not (run.resume and store.is_file()):
-        encode(run, store, size, stock)
+    vocabulary = clip.Tokenizer.from_pretrained(run.out / "tokenizer").bpe.get_vocab()
+    student = Student(*build(run.preset, vocabulary, preset["compress"], run.without))
+    fresh(student)
+    there = lambda part: (run.out / part / "config.json").is_file()
+    if there("text_encoder"):
+        student.encoder = clip.TextEncoder.from_pretrained(run.out / "text_encoder").train().requires_grad_(True)
+    if there("transformer"):
+        student.transformer = meissonic.Transformer.from_pretrained(run.out / "transformer").train().requires_grad_(True)
+        if preset["compress"] and not student.transformer.config.downsample and run.without != "compression":
+            student.transformer = add_compression(student.transformer)
+        student.probe = nn.Linear(student.transformer.config.pooled_projection_dim, student.transformer.config.codebook_size)
+    if not preset["text"] or run.lora:
+        student.encoder.requires_grad_(False).eval()
+        student.probe.requires_grad_(False)
+    student.transformer.checkpointing = run.checkpointing
+    if run.lora:
+        student.transformer.requires_grad_(False)
+        meissonic.add_lora(student.transformer, run.lora)
+    return student.to(run.device)
+
+
+def train_stage(run, stage, dropout=0.1):
+    """Masked-token modelling (SPEC section 6); the caption is empty with probability `dropout`, for guidance."""
+    preset = run.stages[stage]
+    size, steps, batch = preset["size"], preset["steps"], preset["batch"]
+    if not run.resume and run.first:
+        shutil.rmtree(token_folder(run, stage), ignore_errors=True)
     run.wait()
-    with safe_open(store, framework="pt") as file:
-        pictures, texts = file.get_tensor("tokens"), file.get_tensor("text")
-    tokenizer = clip.Tokenizer.from_pretrained(run.out / "tokenizer")
-    empty = tokenizer([""])
-    student = new_student(tokenizer)
-    if run.init:
-        student.encoder = clip.TextEncoder.from_pretrained(run.init / "text_encoder").train().requires_grad_(True)
-        student.transformer = meissonic.Transformer.from_pretrained(run.init / "transformer").train().requires_grad_(True)
-    student.to(run.device)
+    encode(run, stage)
+    pictures = Tokens(token_folder(run, stage))
+    empty = clip.Tokenizer.from_pretrained(run.out / "tokenizer")([""])
+    student = new_student(run, preset)
 
-    def loss_of(model, step, rng):
-        index = torch.from_numpy(rng.integers(len(pictures), size=batch))
-        dropped = torch.from_numpy(rng.random(batch) < dropout)
-        mask, rates = (torch.from_numpy(a) for a in sample_mask(rng, batch, pictures[0].numel()))
-        total = int(mask.sum())                                              # of all processes: drawn by each alike
-        index, dropped, mask, rates = (run.part(a) for a in (index, dropped, mask, rates))
-        ids = torch.where(dropped[:, None], empty, texts[index].long())
-        there = lambda a: a.to(run.device, non_blocking=True)
-        loss, probe = model(there(ids), there(pictures[index].long()), there(mask), there(rates), size)
-        loss = loss * (run.world / total)                                    # data parallelism averages gradients
-        return loss + 0.3 * probe, dict(masked_loss=loss.detach(), rate=rates.mean())
+    def losses(model, step, attempt):
+        rng = run.rng(stage, step, attempt)
+        index = examples([run.seed, attempt], step, batch, len(pictures))
+        dropped = rng.random(batch) < dropout
+        mask, rates = sample_mask(rng, batch, math.prod(pictures.grid))
+        for index, dropped, mine, rates in run.parts(index, dropped, mask, rates):
+            tokens, ids, micro = pictures[index]
+            ids = torch.where(torch.from_numpy(dropped)[:, None], empty, ids)
+            there = lambda a: torch.as_tensor(a).to(run.device, non_blocking=True)
+            with run.precision():
+                loss, probe = model(there(ids), there(tokens), there(mine), there(rates), there(micro))
+            loss = loss * (run.world / int(mask.sum()))              # data parallelism averages gradients
+            yield loss + 0.3 / run.accumulate * probe, dict(masked_loss=loss.detach() * run.accumulate, rate=float(rates.mean()))
 
-    def finish(shadow, step):
-        save_model(run.out, shadow, size)
-        if step and (step % run.look_every == 0 or step == steps):
-            print(f"\ntransformer step {step}:", look(run))
+    def finish(average, step):
+        if run.lora:
+            meissonic.save_lora(run.out / "lora.safetensors", student.transformer, strip(average, "transformer."))
+            return
+        save_model(run, student, average, size)
+        if step and not run.data and (step % run.look_every == 0 or step == steps):
+            look(run, stage, step)
 
-    groups = decay_groups(student.transformer) + decay_groups(student.probe) + decay_groups(student.encoder, scale=0.3)
-    fit(run, "transformer", student, groups, loss_of, steps, lr, finish)
+    groups_of = lambda: decay_groups(student.transformer) + decay_groups(student.probe) + \
+        decay_groups(student.encoder, scale=preset["text"])
+    fit(run, stage, student, groups_of, losses, batch, steps, preset["lr"], finish)
 
 
-def save_model(out, shadow, size):
+def save_model(run, student, average, size):
     """The averaged weights, float16, in the published layout, beside the VQ model and the tokenizer."""
-    shadow.encoder.save_pretrained(out / "text_encoder", torch.float16)
-    shadow.transformer.save_pretrained(out / "transformer", torch.float16)
+    for name, part, module in (("text_encoder", "encoder.", student.encoder), ("transformer", "transformer.", student.transformer)):
+        with torch.device("meta"):
+            copied = type(module)(module.config)
+        copied.load_state_dict(strip(average, part), assign=True)
+        copied.save_pretrained(run.out / name, torch.float16)
     index = {"_class_name": "Pipeline", "_diffusers_version": "0.30.2",
              "scheduler": ["scheduler", "Scheduler"], "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
              "tokenizer": ["transformers", "CLIPTokenizer"], "transformer": ["transformer", "Transformer2DModel"],
              "vqvae": ["diffusers", "VQModel"]}
     scheduler = {"_class_name": "Scheduler", "_diffusers_version": "0.30.2", "masking_schedule": "cosine",
-                 "mask_token_id": shadow.transformer.config.mask_token, "rate_condition": "rate",
-                 "defaults": {"size": size, "steps": 16, "cfg": 3.0, "score_condition": SCORE}}
-    (out / "scheduler").mkdir(exist_ok=True)
-    for path, content in ((out / "model_index.json", index), (out / "scheduler" / "scheduler_config.json", scheduler)):
+                 "mask_token_id": student.transformer.config.mask_token, "rate_condition": "rate",
+                 "defaults": {"size": size, "steps": 16, "cfg": 3.0, "score_condition": data.CLEAN}}
+    (run.out / "scheduler").mkdir(exist_ok=True)
+    for path, content in ((run.out / "model_index.json", index), (run.out / "scheduler" / "scheduler_config.json", scheduler)):
         text = json.dumps(content, indent=2) + "\n"
         vq.write_whole(path, lambda p: Path(p).write_text(text))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What it costs
+
+
+def benchmark(run, repeats=5):
+    """Print for each transformer stage of the preset: samples per second and model FLOP utilisation of a training
+    step, beside the same step written plainly (reference kernels, logits of all positions, no fusion), on random
+    tokens. FLOPs are PyTorch's count of the plain step; the peak is a large bfloat16 matrix product, measured here."""
+    peak = matmul_peak(run.device)
+    print(f"matrix products reach {peak / 1e12:.2f} TFLOP/s in bfloat16")
+    print(f"{'stage':>6} {'tokens':>7} {'batch':>6} {'plain':>10} {'ours':>10}  samples/s {'ratio':>6} {'MFU':>6} {'TFLOP/sample':>13}")
+    for stage, preset in run.stages.items():
+        if stage == "vq":
+            continue
+        with torch.device(run.device):
+            student = Student(*build(run.preset, range_of_words(run), preset["compress"]))
+        f = MODELS[run.preset]["vq"].f
+        batch, side = max(1, min(preset["batch"], 2 ** 15 // (preset["size"] // f) ** 2)), preset["size"] // f
+        inputs = random_batch(run, student, batch, side, preset["size"])
+        optimizer = torch.optim.AdamW(student.parameters(), fused=run.device.type == "cuda")
+        with FlopCounterMode(display=False) as counter:
+            train_step(run, student, optimizer, inputs, plain_loss)
+        seconds = {loss: [] for loss in (plain_loss, fused_loss)}
+        for i in range(repeats + 1):                              # in turn, so that both meet the same weather
+            for loss, times in seconds.items():
+                with plain_kernels(loss is plain_loss):
+                    start = time.perf_counter()
+                    train_step(run, student, optimizer, inputs, loss)
+                    times += [time.perf_counter() - start] if i else []
+        plain, ours = (batch / statistics.median(times) for times in seconds.values())
+        flops = counter.get_total_flops() / batch
+        print(f"{stage:>6} {side * side:>7} {batch:>6} {plain:>10.2f} {ours:>10.2f} {'':>10} {ours / plain:>6.2f} "
+              f"{ours * flops / peak:>6.1%} {flops / 1e12:>13.4f}")
+
+
+def matmul_peak(device, repeats=10):
+    """FLOP/s of a square bfloat16 matrix product, the best of `repeats`."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, best = torch.randn(n, n, device=device, dtype=torch.bfloat16), 0
+    for _ in range(repeats):
+        start = time.perf_counter()
+        a @ a
+        synchronize(device)
+        best = max(best, 2 * n ** 3 / (time.perf_counter() - start))
+    return best
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextlib.contextmanager
+def plain_kernels(on):
+    """The reference path of kernels/ while inside, if `on`."""
+    old = os.environ.get("MEISSONIC_KERNELS")
+    if on:
+        os.environ["MEISSONIC_KERNELS"] = "plain"
+    yield
+    if on:
+        os.environ.pop("MEISSONIC_KERNELS") if old is None else os.environ.update(MEISSONIC_KERNELS=old)
+
+
+def range_of_words(run):
+    """A vocabulary of the size that the preset's tokenizer has, for the benchmark's text encoder."""
+    return {clip.END: 655, **{i: i for i in range(655)}} if MODELS[run.preset]["text"] else {}
+
+
+def random_batch(run, student, batch, side, size):
+    rng = np.random.default_rng(0)
+    mask, rates = sample_mask(rng, batch, side * side)
+    c, length = student.transformer.config, student.encoder.config.max_position_embeddings
+    ids = rng.integers(student.encoder.config.vocab_size, size=(batch, length))
+    tokens = rng.integers(c.codebook_size, size=(batch, side, side))
+    micro = np.tile(np.array([size, size, 0, 0, data.CLEAN], np.float32), (batch, 1))
+    return [torch.as_tensor(a).to(run.device) for a in (ids, tokens, mask, rates, micro)]
+
+
+def train_step(run, student, optimizer, inputs, loss_of):
+    with run.precision():
+        loss = loss_of(student, *inputs)
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+    optimizer.step()
+    synchronize(run.device)
+
+
+def fused_loss(student, *inputs):
+    return sum(student(*inputs))
+
+
+def plain_loss(student, ids, tokens, mask, rates, micro):
+    masked = tokens.masked_fill(mask.view(tokens.shape), student.transformer.config.mask_token)
+    logits = student.transformer(masked, *student.encoder(ids), micro, rates)                    # (B, h, w, V)
+    return F.cross_entropy(logits.flatten(1, 2)[mask].float(), tokens.flatten(1)[mask], reduction="sum")
 
 
 # ---------------------------------------------------------------------------------------------------------
 
 
 def parse_arguments(argv):
-    stages = ("tokenizer", *STAGES)
     p = sample.Parser(prog="train.py", description=__doc__, formatter_class=sample.argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", type=Path, default=Path("runs/shapes"), help="folder of the run (default: %(default)s)")
-    p.add_argument("--stage", choices=stages, help="this stage alone (default: all in turn)")
+    p.add_argument("--preset", choices=PRESETS, default="shapes", help="set of stages and sizes (default: %(default)s)")
+    p.add_argument("--stage", choices=STAGES, help="this stage alone (default: all of the preset in turn)")
     p.add_argument("--resume", action="store_true", help="go on from the run's checkpoints; finished stages are kept")
-    p.add_argument("--init", type=Path, metavar="FOLDER",
-                   help="start the transformer and the text encoder from this model; its tokenizer and VQ model are kept")
+    p.add_argument("--init", metavar="MODEL", help="start from the parts of this model that are there: a folder, meissonic, "
+                   "monetico or a hub id; its tokenizer and VQ model are kept")
+    p.add_argument("--data", default="shapes", metavar="SOURCE", help="shapes; a folder of pictures with NAME.txt or "
+                   "metadata.jsonl; a .tar, a folder or a glob of WebDataset shards (default: %(default)s)")
+    p.add_argument("--encode", action="store_true", help="write the pictures' tokens and stop (training does it where it was not done)")
     p.add_argument("--seed", type=int, default=0, help="of every random choice (default: %(default)s)")
     p.add_argument("--steps", type=sample.positive, help="optimizer steps of the stage named by --stage (default: its preset)")
+    p.add_argument("--batch", type=sample.positive, help="global batch of the stages (default: the presets)")
+    p.add_argument("--lr", type=sample.finite, help="peak learning rate of the stages (default: the presets)")
+    p.add_argument("--accumulate", type=sample.positive, default=1, help="forward and backward passes for one step (default: 1)")
+    p.add_argument("--checkpointing", action="store_true", help="recompute each block in the backward pass: less memory, a third slower")
+    p.add_argument("--compile", action="store_true", help="torch.compile each block")
+    p.add_argument("--shard", action="store_true", help="split parameters, gradients and moments over the processes")
+    p.add_argument("--lora", type=sample.positive, metavar="RANK", help="train low-rank terms alone; written to lora.safetensors")
+    p.add_argument("--without", choices=ABLATIONS, help="train without one of the paper's parts, to see its worth")
     p.add_argument("--save-every", type=sample.positive, default=500, help="steps between checkpoints (default: %(default)s)")
     p.add_argument("--look-every", type=sample.positive, default=2000,
                    help="steps between sheets of pictures and scores (default: %(default)s)")
+    p.add_argument("--benchmark", action="store_true", help="print the speed of the preset's training steps and stop")
     p.add_argument("--device", help="cpu, cuda (default: cuda where there is one, else cpu)")
     p.add_argument("--threads", type=sample.positive, help="CPU threads (default: PyTorch's choice)")
     args = p.parse_args(argv)
-    if args.steps:
-        if args.stage not in STAGES:
-            p.error(f"--steps wants --stage, one of {', '.join(STAGES)}")
-        STAGES[args.stage]["steps"] = args.steps
+    if args.steps and args.stage in (None, "tokenizer"):
+        p.error("--steps wants --stage, one of " + ", ".join(STAGES[1:]))
+    if args.stage not in (None, "tokenizer", *PRESETS[args.preset]):
+        p.error(f"the preset {args.preset} has no stage {args.stage}")
     return args
+
+
+def changed(presets, args):
+    """The stages of --preset with --steps, --batch and --lr in place."""
+    new = {k: v for k, v in (("steps", args.steps), ("batch", args.batch), ("lr", args.lr)) if v}
+    return {stage: preset | new for stage, preset in presets[args.preset].items()}
 
 
 def main(argv=None):
@@ -610,16 +1046,22 @@ def main(argv=None):
         torch.set_num_threads(args.threads)
     try:
         device, why = sample.choose_device(args.device)
-        run = Run(args.out, args.seed, device, args.resume, args.init, args.save_every, args.look_every)
+        init = args.init and sample.find_model(args.init, device, torch.float32)[0]
+        run = Run(args.out, args.seed, device, args.preset, args.resume, init, None if args.data == "shapes" else args.data,
+                  args.save_every, args.look_every, args.accumulate, args.shard, args.checkpointing, args.compile,
+                  args.lora, args.without, stages=changed(PRESETS, args))
         if run.first:
-            print(f"run: {args.out} | device: {run.device} ({why}) | processes: {run.world} | dtype: bfloat16 autocast | "
-                  f"kernels: {sample.kernel_path(run.device, torch.bfloat16)} | seed: {args.seed}")
-        for stage in [args.stage] if args.stage else ("tokenizer", *STAGES):
-            run_stage(stage, run)
+            print(f"run: {args.out} | preset: {args.preset} | device: {run.device} ({why}) | processes: {run.world} | "
+                  f"dtype: bfloat16 autocast | kernels: {sample.kernel_path(run.device, torch.bfloat16)} | seed: {args.seed}")
+        if args.benchmark:
+            return benchmark(run)
+        adopt(run)
+        for stage in [args.stage] if args.stage else ("tokenizer", *run.stages):
+            run_stage(stage, run, args.encode)
     except KeyboardInterrupt:
         print("\nstopped; --resume goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
-    except (sample.UserError, vq.CheckpointError, OSError) as e:
+    except (sample.UserError, vq.CheckpointError, data.SourceError, OSError) as e:
         print(f"train.py: error: {e}", file=sys.stderr)
         sys.exit(2)
     finally:
@@ -627,22 +1069,47 @@ def main(argv=None):
             dist.destroy_process_group()
 
 
-def run_stage(stage, run):
-    """Run one stage; with resume, a tokenizer that is there is kept, and trainings go on; with init, the tokenizer
-    and the VQ model are that model's."""
+def adopt(run):
+    """Copy the parts of --init that the run has not yet: tokenizer, VQ model, text encoder, transformer."""
+    if run.init and run.first:
+        for part in ("tokenizer", "vqvae", "text_encoder", "transformer"):
+            if (run.init / part).is_dir() and not (run.resume and (run.out / part).is_dir()):
+                shutil.rmtree(run.out / part, ignore_errors=True)
+                shutil.copytree(run.init / part, run.out / part)
+    run.wait()
+
+
+def run_stage(stage, run, encode_only):
+    """Run one stage. With resume, a tokenizer that is there is kept, and trainings go on; with init, the tokenizer
+    and the VQ model are that model's if it has them."""
+    adopted = lambda part: run.init and (run.init / part).is_dir()
     if stage == "tokenizer":
-        if run.first and not (run.resume and (run.out / "tokenizer").is_dir()):
-            source = clip.Tokenizer.from_pretrained(run.init / "tokenizer") if run.init else train_tokenizer(run.seed)
-            source.save_pretrained(run.out / "tokenizer")
-        run.wait()
-    elif stage == "vq" and run.init:
-        if run.first:
-            vq.VQModel.from_pretrained(run.init / "vqvae").save_pretrained(run.out / "vqvae", torch.float16)
+        if run.first and not adopted("tokenizer") and not (run.resume and (run.out / "tokenizer").is_dir()):
+            length = MODELS[run.preset]["text"].get("max_position_embeddings", 77)
+            train_tokenizer(captions(run), length).save_pretrained(run.out / "tokenizer")
         run.wait()
     elif stage == "vq":
-        train_vq(run, **STAGES[stage])
+        if not adopted("vqvae") and not (run.resume and steps_done(run, "vq") >= run.stages["vq"]["steps"]):
+            train_vq(run, **run.stages["vq"])
+    elif encode_only:
+        encode(run, stage)
+    elif run.resume and steps_done(run, stage) >= run.stages[stage]["steps"]:
+        return                                                   # later stages may have changed the model since
     else:
-        train_transformer(run, **STAGES[stage])
+        train_stage(run, stage)
+
+
+def steps_done(run, stage):
+    """The step of a stage's last checkpoint, 0 without one."""
+    return max((int(metadata(path).get("step", 0)) for path in checkpoints(run.out, stage)[-1:]), default=0)
+
+
+def captions(run):
+    """Captions to learn the byte pairs from."""
+    rng = np.random.default_rng(run.seed)
+    if run.data:
+        return readable(source_of(run, "vq"), 2000)[1]
+    return [data.caption(rng, data.sample_claim(rng)) for _ in range(20_000)]
 
 
 if __name__ == "__main__":

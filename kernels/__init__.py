@@ -62,11 +62,13 @@ def attention(text, image, text_norms, image_norms, cos, sin):
     """Joint attention with QK-norm and rotary positions.
 
     text (B, L, 3, H, D), image (B, N, 3, H, D)   packed q, k, v; any strides with the last axis dense; L may be 0
-    text_norms, image_norms                       (w_q, w_k), each (D,): weights of the RMSNorm of q and k
+    text_norms, image_norms                       (w_q, w_k), each (D,): weights of the RMSNorm of q and k; None for no norm,
+                                                  an ablation that runs on the plain path
     cos, sin (N, D/2) float32                     rotation of the image rows
     -> (B, L + N, H * D), text rows first, in the dtype of `image`
     """
-    function = attention_triton if choose(image.device, image.dtype)[0] else attention_plain
+    normed = image_norms[0] is not None
+    function = attention_triton if normed and choose(image.device, image.dtype)[0] else attention_plain
     return function(text, image, text_norms, image_norms, cos, sin)
 
 

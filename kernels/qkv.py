@@ -30,7 +30,10 @@ EPS = 1e-6
 
 
 def rms_norm(x, weight, eps=EPS):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis; statistics in float32 (float64 stays float64)."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis; statistics in float32 (float64 stays float64).
+    Without a weight x itself."""
+    if weight is None:
+        return x
     y = x if x.dtype == torch.float64 else x.float()
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
     return (y * weight).to(x.dtype)

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import clip
+import data
 import meissonic
 import sample
 import train
@@ -103,35 +104,35 @@ def tiny_batch(seed=0, batch=4):
     g = torch.Generator().manual_seed(seed)
     ids, tokens = torch.randint(19, (batch, 6), generator=g), torch.randint(40, (batch, 4, 4), generator=g)
     mask, rates = train.sample_mask(np.random.default_rng(seed), batch, 16)
-    return ids, tokens, torch.from_numpy(mask), torch.from_numpy(rates)
+    micro = torch.tensor([[SIZE, SIZE, 0.0, 0.0, 6.0]]).expand(batch, 5)
+    return ids, tokens, torch.from_numpy(mask), torch.from_numpy(rates), micro
 
 
 def test_loss_is_the_cross_entropy_of_the_masked_tokens():
     student = tiny_student()
-    ids, tokens, mask, rates = tiny_batch()
+    ids, tokens, mask, rates, micro = tiny_batch()
     hidden, pooled = student.encoder(ids)
-    micro = torch.tensor([[SIZE, SIZE, 0.0, 0.0, train.SCORE]] * len(ids))
     shown = torch.where(mask.view(tokens.shape), student.transformer.config.mask_token, tokens)
     time = torch.tensor([meissonic.timestep("rate", 0, 1, int(m.sum()), m.numel()) for m in mask])
     logits = student.transformer(shown, hidden, pooled, micro, time)
     loss = F.cross_entropy(logits.flatten(1, 2)[mask], tokens.flatten(1)[mask], reduction="sum")
-    torch.testing.assert_close(student(ids, tokens, mask, rates, SIZE)[0], loss)
+    torch.testing.assert_close(student(ids, tokens, mask, rates, micro)[0], loss)
 
 
 def test_loss_does_not_see_what_is_masked():
     """The gradient of the embeddings of codes that are nowhere shown is zero: no label leaks into the input."""
     student = tiny_student()
-    ids, _, mask, rates = tiny_batch()
+    ids, _, mask, rates, micro = tiny_batch()
     hidden_code, shown_code = torch.tensor(5), torch.tensor(6)
     tokens = torch.where(mask.view(-1, 4, 4), hidden_code, shown_code)
-    student(ids, tokens, mask, rates, SIZE)[0].backward()
+    student(ids, tokens, mask, rates, micro)[0].backward()
     grad = student.transformer.embed.embeddings.weight.grad
     assert grad[5].abs().sum() == 0 and grad[6].abs().sum() > 0 and grad[student.transformer.config.mask_token].abs().sum() > 0
 
 
 def test_every_parameter_is_trained():
     student = tiny_student()
-    sum(student(*tiny_batch(), SIZE)).backward()
+    sum(student(*tiny_batch())).backward()
     idle = [n for n, p in student.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     text_key = lambda n: n.endswith("self_attn.qkv.bias")                                # softmax does not see a key's bias
     assert [n for n in idle if not text_key(n)] == []
@@ -142,10 +143,11 @@ def test_overfitting_one_batch():
     optimizer = torch.optim.AdamW(train.decay_groups(student))
     losses = []
     for _ in range(150):
-        loss = student(*batch, SIZE)[0] / batch[2].sum()
+        loss = student(*batch)[0] / batch[2].sum()
         optimizer.zero_grad()
         loss.backward()
-        train.set_rate(optimizer, 1e-2)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2
         optimizer.step()
         losses.append(loss.item())
     assert losses[0] > 3 and losses[-1] < 0.2, losses[::15]
@@ -153,14 +155,16 @@ def test_overfitting_one_batch():
 
 def test_fresh_blocks_are_the_identity(monkeypatch):
     shrink(monkeypatch)
-    student = train.new_student(SimpleNamespace(bpe=SimpleNamespace(get_vocab=lambda: {clip.END: 19})))
+    student = train.Student(*train.build("shapes", {clip.END: 19}, True))
+    train.fresh(student)
     norms = [m for m in student.modules() if isinstance(m, meissonic.AdaNorm)]
     assert len(norms) == 3 and not any(p.any() for m in norms for p in m.parameters())
 
 
 def test_the_tokenizer_knows_the_words_of_the_world():
     """Each word of the world is one token, any other text is still covered, and the special tokens come last."""
-    tokenizer = train.train_tokenizer(0)
+    rng = np.random.default_rng(0)
+    tokenizer = train.train_tokenizer([data.caption(rng, data.sample_claim(rng)) for _ in range(20_000)], 32)
     words = ("red orange yellow green blue purple black white circle circles square triangle star stars hearts diamond "
              "crosses arrows letter letters small large two three four left right above below background picture drawing").split()
     for word in words:
@@ -179,17 +183,18 @@ SIZE, STEPS, SAVE = 16, 30, 10
 
 
 def shrink(patch):
-    """Make train.py's models and stages tiny."""
-    patch.setattr(train, "VQ_CONFIG", vq.Config(block_out_channels=(8, 8), layers_per_block=1, latent_channels=4,
-                                                num_vq_embeddings=32, norm_num_groups=4))
-    patch.setattr(train, "TRANSFORMER_CONFIG", meissonic.Config(
-        num_layers=1, num_single_layers=1, num_attention_heads=2, attention_head_dim=8, joint_attention_dim=16,
-        pooled_projection_dim=16, axes_dims_rope=(2, 2, 4), codebook_size=32, vocab_size=33))
-    patch.setattr(train, "text_config", lambda vocabulary: clip.Config(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, projection_dim=16,
-        max_position_embeddings=train.TEXT_LENGTH, vocab_size=len(vocabulary), eos_token_id=vocabulary[clip.END]))
-    patch.setattr(train, "STAGES", {"vq": dict(size=SIZE, steps=STEPS, batch=8, lr=2e-3, warm=5, pool=64),
-                                    "transformer": dict(size=SIZE, steps=STEPS, batch=8, lr=1e-3, stock=200)})
+    """Make train.py's models and stages tiny: f = 2, 8 x 8 tokens, then 16 x 16 behind compression layers."""
+    patch.setitem(train.MODELS, "shapes", dict(
+        vq=vq.Config(block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, num_vq_embeddings=32, norm_num_groups=4),
+        transformer=dict(num_layers=1, num_single_layers=1, num_attention_heads=2, attention_head_dim=8, joint_attention_dim=16,
+                         pooled_projection_dim=16, axes_dims_rope=(2, 2, 4), codebook_size=32, vocab_size=33),
+        text=dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, projection_dim=16,
+                  max_position_embeddings=32)))
+    patch.setitem(train.PRESETS, "shapes", {
+        "vq": dict(size=SIZE, steps=STEPS, batch=8, lr=2e-3, warm=5, adversary=20, pool=64),
+        "1": dict(size=SIZE, steps=STEPS, batch=8, lr=1e-3, text=0.3, compress=False, pictures=200, concepts=True),
+        "3": dict(size=2 * SIZE, steps=4, batch=8, lr=1e-3, text=0.3, compress=True, pictures=40),
+        "4": dict(size=2 * SIZE, steps=2, batch=8, lr=1e-4, text=1.0, compress=True, pictures=40)})
 
 
 # What a process of its own runs: train.py with the tiny stages. STOP kills it in the middle of a checkpoint's write.
@@ -239,7 +244,8 @@ def same_files(a, b, *files):
 
 
 RESULTS = ("vqvae/diffusion_pytorch_model.safetensors", "transformer/diffusion_pytorch_model.safetensors",
-           "text_encoder/model.safetensors", "vq.checkpoint.safetensors", "transformer.checkpoint.safetensors")
+           "text_encoder/model.safetensors", "vq-0000030.checkpoint.safetensors", "1-0000030.checkpoint.safetensors",
+           "3-0000004.checkpoint.safetensors", "4-0000002.checkpoint.safetensors")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -261,7 +267,7 @@ def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         shrink(patch)
         patch.setattr(train.Student, "forward", lambda self, ids, *rest: (IDS.append(ids), forward(self, ids, *rest))[1])
-        patch.setattr(train, "look", lambda run: {})
+        patch.setattr(train, "look", lambda *a: None)
         patch.setattr(train.Log.__init__, "__defaults__", (1,))
         command("--out", out, "--seed", 3)
     return out
@@ -272,29 +278,29 @@ def test_first_losses(run):
     for another processor's bfloat16 alone."""
     seen = losses(run)
     assert np.allclose([seen["vq", i] for i in (1, 2, 3)], FIRST_VQ, atol=0.01), seen
-    assert np.allclose([seen["transformer", i] for i in (1, 2, 3)], FIRST_TRANSFORMER, atol=0.03), seen
+    assert np.allclose([seen["1", i] for i in (1, 2, 3)], FIRST_TRANSFORMER, atol=0.03), seen
 
 
-FIRST_VQ = (0.613, 0.865, 0.591)
-FIRST_TRANSFORMER = (4.71, 4.66, 4.58)
+FIRST_VQ = (0.883, 0.697, 0.821)
+FIRST_TRANSFORMER = (4.44, 4.40, 4.46)
 
 
 def test_losses_fall(run):
-    for stage, drop in (("vq", 0.05), ("transformer", 0.1)):
+    for stage, last, drop in (("vq", 20, 0.05), ("1", STEPS, 0.08)):           # vq: before the discriminator joins
         seen = losses(run, stage)
-        assert len(seen) == STEPS and seen[stage, STEPS] < seen[stage, 1] - drop
+        assert len(seen) == STEPS and seen[stage, last] < seen[stage, 1] - drop
 
 
 def test_what_a_run_leaves(run):
     """Logs, the loss curves, and a checkpoint folder in half precision that draws."""
-    assert {"log.jsonl", "loss.png", "model_index.json", "stock.safetensors"} < {p.name for p in run.iterdir()}
+    assert {"log.jsonl", "loss.png", "model_index.json", "tokens"} < {p.name for p in run.iterdir()}
     assert not [p for p in run.rglob(".*")]
-    stock = load_file(run / "stock.safetensors")
-    assert stock["tokens"].shape == (200, 8, 8) and stock["text"].shape == (200, train.TEXT_LENGTH)
+    stock = load_file(run / "tokens" / "1" / "000000.safetensors")
+    assert stock["tokens"].shape == (200, 8, 8) and stock["text"].shape == (200, 32) and stock["micro"].shape == (200, 5)
     pipeline = sample.Pipeline(run)
-    assert pipeline.size == (SIZE, SIZE) and pipeline.convention == "rate" and pipeline.score_condition == train.SCORE
+    assert pipeline.size == (2 * SIZE, 2 * SIZE) and pipeline.convention == "rate" and pipeline.score_condition == data.CLEAN
     picture, = pipeline(["a red circle"], [0])
-    assert picture.size == (SIZE, SIZE)
+    assert picture.size == (2 * SIZE, 2 * SIZE)
     for result in RESULTS[:3]:
         with safe_open(run / result, framework="pt") as file:
             assert {file.get_slice(k).get_dtype() for k in file.keys()} == {"F16"}
@@ -303,12 +309,12 @@ def test_what_a_run_leaves(run):
 def test_captions_are_dropped_one_time_in_ten(run):
     tokenizer = clip.Tokenizer.from_pretrained(run / "tokenizer")
     empty = (torch.cat(IDS) == tokenizer([""])).all(1).double()
-    assert len(empty) == 8 * STEPS and abs(empty.mean() - 0.1) < 4 * np.sqrt(0.09 / len(empty))
+    assert len(empty) == 8 * (STEPS + 4 + 2) and abs(empty.mean() - 0.1) < 4 * np.sqrt(0.09 / len(empty))
 
 
 def test_the_result_is_the_average(run):
     """What is saved are the averaged weights, not the last ones."""
-    flat = load_file(run / "transformer.checkpoint.safetensors")
+    flat = load_file(run / "4-0000002.checkpoint.safetensors")
     model = meissonic.Transformer.from_pretrained(run / "transformer").state_dict()
     name = "project_to_hidden.weight"
     assert torch.equal(model[name], flat[f"shadow.transformer.{name}"].half().float())
@@ -317,18 +323,18 @@ def test_the_result_is_the_average(run):
 
 def test_the_sheet_and_the_scores(run, tmp_path, monkeypatch):
     out = shutil.copytree(run, tmp_path / "run")
-    scores = train.look(train.Run(out), number=1)
-    assert {*scores} == {"single", "two", "counting", "colours", "position", "attribution", "unseen", "overall"}
+    train.look(train.Run(out), "4", 2, number=1)
+    scores = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+    assert {*scores} - {"stage", "step", "event"} == {"single", "two", "counting", "colours", "position", "attribution", "unseen", "overall"}
     assert (out / "sheet.png").is_file()
 
 
 def test_init_goes_on_from_a_model(run, tmp_path, monkeypatch):
     """The tokenizer and the VQ model are kept; with a learning rate of nearly nothing so are the other weights."""
     shrink(monkeypatch)
-    monkeypatch.setitem(train.STAGES["transformer"], "lr", 1e-9)
-    monkeypatch.setitem(train.STAGES["transformer"], "steps", 2)
-    monkeypatch.setattr(train, "look", lambda run: {})
-    command("--out", tmp_path / "run", "--init", run)
+    monkeypatch.setattr(train, "look", lambda *a: None)
+    for stage in ("tokenizer", "vq", "4"):
+        command("--out", tmp_path / "run", "--init", run, "--lr", 1e-9, "--stage", stage, "--resume")
     same_files(run, tmp_path / "run", *RESULTS[:3])
     assert (run / "tokenizer" / "vocab.json").read_bytes() == (tmp_path / "run" / "tokenizer" / "vocab.json").read_bytes()
 
@@ -364,7 +370,7 @@ def test_a_signal_saves_first(run, tmp_path, monkeypatch, number):
     with pytest.raises(SystemExit) as caught:
         command("--out", out, "--seed", 3, "--stage", "vq")
     assert caught.value.code == 130
-    with safe_open(out / "vq.checkpoint.safetensors", framework="pt") as file:
+    with safe_open(train.checkpoints(out, "vq")[-1], framework="pt") as file:
         assert file.metadata()["step"] == "13"
     monkeypatch.setattr(train, "learning_rate", rate)
     command("--out", out, "--seed", 3, "--stage", "vq", "--resume")
@@ -378,9 +384,9 @@ def test_non_finite_steps_are_dropped_then_the_checkpoint_reloaded(run, tmp_path
     shutil.copytree(run / "tokenizer", out / "tokenizer")
     forward, calls = train.VQStudent.forward, []
 
-    def poisoned(self, images, quantise):
+    def poisoned(self, images, quantise, adversary):
         calls.append(images)
-        loss, *rest = forward(self, images, quantise)
+        loss, *rest = forward(self, images, quantise, adversary)
         return (loss * (float("nan") if len(calls) in (5, 14, 15, 16) else 1), *rest)
 
     monkeypatch.setattr(train.VQStudent, "forward", poisoned)
@@ -389,7 +395,7 @@ def test_non_finite_steps_are_dropped_then_the_checkpoint_reloaded(run, tmp_path
     assert [(e["step"], e["event"]) for e in events] == \
         [(5, "dropped"), (14, "dropped"), (15, "dropped"), (16, "dropped"), (10, "reloaded")]
     assert len(calls) == STEPS + 6 and not torch.equal(calls[10], calls[16])
-    weights = load_file(out / "vq.checkpoint.safetensors")
+    weights = load_file(train.checkpoints(out, "vq")[-1])
     assert all(w.isfinite().all() for w in weights.values())
 
 
@@ -410,7 +416,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(run, tmp_path, monkeypatch
     with pytest.raises(SystemExit) as caught:
         command("--out", out, "--seed", 3, "--stage", "vq")
     assert caught.value.code == 2 and "No space left" in capsys.readouterr().err
-    with safe_open(out / "vq.checkpoint.safetensors", framework="pt") as file:
+    with safe_open(train.checkpoints(out, "vq")[-1], framework="pt") as file:
         assert file.metadata()["step"] == "10"
     assert not [p for p in out.rglob(".*")]
 
@@ -419,15 +425,15 @@ def test_resuming_a_finished_run_changes_nothing(run, tmp_path, monkeypatch):
     shrink(monkeypatch)
     out = shutil.copytree(run, tmp_path / "run")
     command("--out", out, "--seed", 3, "--resume")
-    same_files(run, out, *RESULTS, "stock.safetensors")
+    same_files(run, out, *RESULTS, "tokens/1/000000.safetensors")
 
 
 def test_a_broken_checkpoint_is_named(tmp_path, monkeypatch, capsys):
     shrink(monkeypatch)
-    (tmp_path / "vq.checkpoint.safetensors").write_bytes(b"half")
+    (tmp_path / "vq-0000010.checkpoint.safetensors").write_bytes(b"half")
     with pytest.raises(SystemExit) as caught:
         command("--out", tmp_path, "--stage", "vq", "--resume")
-    assert caught.value.code == 2 and "vq.checkpoint.safetensors" in capsys.readouterr().err
+    assert caught.value.code == 2 and "vq-0000010.checkpoint.safetensors" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -439,18 +445,18 @@ def test_two_processes_equal_one(run, tmp_path):
     found = {}
     for processes in (1, 2):
         out = tmp_path / str(processes)
-        shutil.copytree(run, out, ignore=lambda folder, names: [n for n in names if n.startswith(("transformer", "log"))])
+        shutil.copytree(run, out, ignore=lambda folder, names: [n for n in names if n.startswith(("1-", "3-", "4-", "transformer", "text_encoder", "log"))])
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
         script = Path(tiny(tmp_path)).read_text().replace("train.main", """
 train.Log.__init__.__defaults__ = (1,)
 train.Run.precision = lambda self: __import__("contextlib").nullcontext()            # float32: bfloat16 rounds to 1e-3
 train.main""")
         (tmp_path / "exact.py").write_text(script)
-        process = start([*launcher, tmp_path / "exact.py", "--out", out, "--seed", 3, "--stage", "transformer", "--resume",
+        process = start([*launcher, tmp_path / "exact.py", "--out", out, "--seed", 3, "--stage", "1", "--resume",
                          "--steps", 12, "--look-every", 1000, "--save-every", 100])
         _, err = process.communicate()
         assert process.returncode == 0, err
-        found[processes] = losses(out, "transformer")
+        found[processes] = losses(out, "1")
     assert len(found[1]) == len(found[2]) == 12
     for key in found[1]:
         assert abs(found[1][key] - found[2][key]) <= 1e-5 + 1e-5 * abs(found[1][key]), (key, found)
@@ -461,11 +467,11 @@ def test_each_process_reads_its_own_part(monkeypatch):
     parts = []
     for rank in range(4):
         run = object.__new__(train.Run)
-        run.rank, run.world = rank, 4
-        parts += run.part(np.arange(12)).tolist()
-    assert sorted(parts) == list(range(12))
-    with pytest.raises(vq.CheckpointError, match="4 processes"):
-        run.part(np.arange(10))
+        run.rank, run.world, run.accumulate = rank, 4, 3
+        parts += [int(i) for part, in run.parts(np.arange(24)) for i in part]
+    assert sorted(parts) == list(range(24))
+    with pytest.raises(sample.UserError, match="4 processes"):
+        run.parts(np.arange(10))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -486,7 +492,7 @@ def test_bad_arguments(arguments, tmp_path, monkeypatch, capsys):
 def test_a_stage_without_what_it_needs(tmp_path, monkeypatch, capsys):
     shrink(monkeypatch)
     with pytest.raises(SystemExit) as caught:
-        command("--out", tmp_path / "run", "--stage", "transformer")
+        command("--out", tmp_path / "run", "--stage", "1")
     assert caught.value.code == 2 and "tokenizer" in capsys.readouterr().err
 
 
