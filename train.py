@@ -182,6 +182,13 @@ class Run:
             fully_shard(block)
         return fully_shard(student)
 
+    def synchronise(self, model, last):
+        """Before a forward pass: gradients travel between processes in a step's last backward pass alone."""
+        if self.shard:
+            model.set_requires_gradient_sync(last)
+        elif self.world > 1:
+            model.require_backward_grad_sync = last
+
 
 def blocks_of(student):
     transformer = getattr(student, "transformer", None)
@@ -249,18 +256,16 @@ def fit(run, stage, student, groups_of, losses, batch, steps, lr, finish, averag
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["scale"]
             optimizer.zero_grad(set_to_none=True)
-            loss, values = 0.0, {}
-            for i, (part, seen) in enumerate(losses(model, step, attempt)):
-                last = i == run.accumulate - 1                             # gradients travel once
-                if run.shard:
-                    model.set_requires_gradient_sync(last)
-                elif run.world > 1:
-                    model.require_backward_grad_sync = last
+            loss, values, parts = 0.0, {}, losses(model, step, attempt)
+            for i in range(run.accumulate):
+                run.synchronise(model, last=i == run.accumulate - 1)
+                part, seen = next(parts)
                 part.backward()
                 loss = loss + part.detach()
                 values = {k: values.get(k, 0) + v / run.accumulate for k, v in seen.items()}
+            next(parts, None)                                              # what comes after a step's backward passes
             norm = float(whole(nn.utils.clip_grad_norm_([p for g in groups for p in g["params"]], 1.0)))
-            mean, stopping = run.total(torch.tensor([float(loss) / run.world, float(stop.asked)])).tolist()
+            mean, stopping = run.total(torch.tensor([float(loss) / run.world, float(stop.asked)], device=run.device)).tolist()
             step += 1
             if math.isfinite(mean) and math.isfinite(norm):
                 bad = 0

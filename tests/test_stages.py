@@ -363,12 +363,12 @@ train.main(sys.argv[1:])
 
 
 def test_sharded_and_accumulated_equal_plain(base, tmp_path):
-    """One process; one with gradients accumulated over four passes; two with everything split between them, stopped
-    and resumed on the way: the same losses to 1e-5, and the same averaged weights."""
+    """One process; one with gradients accumulated over four passes; two, and two with everything split between them: the same losses to 1e-5, and the same averaged weights."""
     script = tmp_path / "exact.py"
     script.write_text(EXACT.format(root=str(ROOT), tests=str(ROOT / "tests")))
     two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-    runs = {"plain": [script], "accumulated": [script, "--accumulate", 4], "sharded": [*two, script, "--shard", "--accumulate", 2]}
+    runs = {"plain": [script], "accumulated": [script, "--accumulate", 4], "parallel": [*two, script, "--accumulate", 2],
+            "sharded": [*two, script, "--shard", "--accumulate", 2]}
 
     def train_with(name):
         process = start([*runs[name], "--out", tmp_path / name, "--stage", "1", "--resume", "--steps", 8, "--save-every", 4])
@@ -381,7 +381,7 @@ def test_sharded_and_accumulated_equal_plain(base, tmp_path):
         shutil.copytree(base, tmp_path / name, ignore=shutil.ignore_patterns("log.jsonl"))
         found[name], weights[name] = train_with(name)
     assert len(found["plain"]) == 8
-    for name in ("accumulated", "sharded"):
+    for name in ("accumulated", "parallel", "sharded"):
         for key, loss in found["plain"].items():
             assert abs(found[name][key] - loss) <= 1e-5 * (1 + loss), (name, key, found)
         assert {k: v.shape for k, v in weights[name].items()} == {k: v.shape for k, v in weights["plain"].items()}
