@@ -473,7 +473,7 @@ class World:
 class Disk:
     """The pictures of --data, each resized and cropped at a place of its own."""
     def __init__(self, source, seed, size):
-        self.pictures, self.seed, self.size = data.Pictures(source), seed, size
+        self.pictures, self.seed, self.size = data.Pictures(source, near=size), seed, size
 
     def __len__(self):
         return len(self.pictures)
