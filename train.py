@@ -90,9 +90,11 @@ SMALL = dict(
     transformer=dict(num_layers=3, num_single_layers=6, num_attention_heads=6, attention_head_dim=32,
                      joint_attention_dim=128, pooled_projection_dim=192, axes_dims_rope=(8, 12, 12), codebook_size=512,
                      vocab_size=513),
+    sampling=dict(steps=16, cfg=3.0),
     text=dict(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, projection_dim=192,
               max_position_embeddings=32))
-MODELS = {"shapes": SMALL, "cpu": SMALL, "paper": dict(vq=vq.Config(), transformer=dict(), text=dict())}
+MODELS = {"shapes": SMALL, "cpu": SMALL, "paper": dict(vq=vq.Config(), transformer=dict(), text=dict(),
+                                                            sampling=dict(steps=48, cfg=9.0))}
 ABLATIONS = ("rope", "rate", "qk-norm", "micro", "multimodal", "compression")
 
 
@@ -461,6 +463,7 @@ def look(run, stage, step, number=16):
 class World:
     """`number` examples of the world of shapes; the i-th comes from a generator seeded with (seed, stage, i)."""
     def __init__(self, seed, stage, size, number, concepts=False):
+        self.skipped = []
         self.key, self.size, self.number, self.concepts = [seed, STAGES.index(stage), 2 ** 32], size, number, concepts
 
     def __len__(self):
@@ -474,6 +477,7 @@ class Disk:
     """The pictures of --data, each resized and cropped at a place of its own."""
     def __init__(self, source, seed, size):
         self.pictures, self.seed, self.size = data.Pictures(source, near=size), seed, size
+        self.skipped = self.pictures.skipped
 
     def __len__(self):
         return len(self.pictures)
@@ -528,7 +532,7 @@ def encode(run, stage, chunk=1000):
             flat = dict(tokens=torch.zeros(0, 1, 1, dtype=torch.int16))
         vq.write_whole(path, lambda p: save_file(flat, p, metadata=about | {"skipped": json.dumps(skipped)}))
     run.wait()
-    skipped = [name for path in sorted(folder.glob("*.safetensors")) for name in json.loads(metadata(path)["skipped"])]
+    skipped = source.skipped + [name for path in sorted(folder.glob("*.safetensors")) for name in json.loads(metadata(path)["skipped"])]
     if skipped and run.first:
         print(f"{len(skipped)} pictures skipped; the first: {'; '.join(skipped[:3])}", file=sys.stderr)
         (run.out / "skipped.txt").write_text("\n".join(skipped) + "\n", encoding="utf-8")
@@ -765,10 +769,10 @@ def sample_mask(rng, batch, tokens):
 
 
 class Student(nn.Module):
-    """What the stages train: the text encoder and the transformer together."""
-    def __init__(self, encoder, transformer):
+    """What the stages train: the text encoder and the transformer together. `convention` is meissonic.timestep's."""
+    def __init__(self, encoder, transformer, convention="rate"):
         super().__init__()
-        self.encoder, self.transformer = encoder, transformer
+        self.encoder, self.transformer, self.convention = encoder, transformer, convention
         self.probe = nn.Linear(transformer.config.pooled_projection_dim, transformer.config.codebook_size)
 
     def forward(self, ids, tokens, mask, rates, micro):
@@ -779,7 +783,8 @@ class Student(nn.Module):
         So a linear layer, thrown away at the end, predicts each picture's histogram of tokens from the pooled text."""
         hidden, pooled = self.encoder(ids)
         masked = tokens.flatten(1).masked_fill(mask, self.transformer.config.mask_token).view(tokens.shape)
-        x = self.transformer.features(masked, hidden, pooled, micro, (rates * 1000).round() / 1000)
+        levels = (rates * 1000).round()
+        x = self.transformer.features(masked, hidden, pooled, micro, levels if self.convention == "rate1000" else levels / 1000)
         x = self.transformer.head_features(x.flatten(1, 2)[mask])                               # (masked, C)
         weight = self.transformer.mlm_layer.conv2.weight.flatten(1)                             # (V, C)
         loss = kernels.linear_cross_entropy(x, weight, tokens.flatten(1)[mask]).sum()
@@ -805,6 +810,15 @@ def fresh(student):
     student.transformer.cond_embed.linear_1.weight.data[:, :width] *= 2.5
 
 
+def convention_of(folder):
+    """The masking-rate condition that a model folder's transformer was trained with; see meissonic.timestep. The
+    public weights, whose scheduler does not say, come from the official script: 1000 times the rate."""
+    try:
+        return json.loads((folder / "scheduler" / "scheduler_config.json").read_text()).get("rate_condition", "rate1000")
+    except (OSError, ValueError):
+        return "rate"
+
+
 @torch.no_grad()
 def add_compression(plain):
     """A transformer without compression layers -> one with them, its other weights carried over (stage 3). A
@@ -824,7 +838,7 @@ def new_student(run, preset):
     --init), else fresh; compression layers added where the stage has them and that model has not."""
     torch.manual_seed(run.seed)
     vocabulary = clip.Tokenizer.from_pretrained(run.out / "tokenizer").bpe.get_vocab()
-    student = Student(*build(run.preset, vocabulary, preset["compress"], run.without))
+    student = Student(*build(run.preset, vocabulary, preset["compress"], run.without), convention_of(run.out))
     fresh(student)
     there = lambda part: (run.out / part / "config.json").is_file()
     if there("text_encoder"):
@@ -895,8 +909,8 @@ def save_model(run, student, average, size):
              "tokenizer": ["transformers", "CLIPTokenizer"], "transformer": ["transformer", "Transformer2DModel"],
              "vqvae": ["diffusers", "VQModel"]}
     scheduler = {"_class_name": "Scheduler", "_diffusers_version": "0.30.2", "masking_schedule": "cosine",
-                 "mask_token_id": student.transformer.config.mask_token, "rate_condition": "rate",
-                 "defaults": {"size": size, "steps": 16, "cfg": 3.0, "score_condition": data.CLEAN}}
+                 "mask_token_id": student.transformer.config.mask_token, "rate_condition": student.convention,
+                 "defaults": {"size": size, "score_condition": data.CLEAN, **MODELS[run.preset]["sampling"]}}
     (run.out / "scheduler").mkdir(exist_ok=True)
     for path, content in ((run.out / "model_index.json", index), (run.out / "scheduler" / "scheduler_config.json", scheduler)):
         text = json.dumps(content, indent=2) + "\n"
@@ -1051,6 +1065,8 @@ def main(argv=None):
         torch.set_num_threads(args.threads)
     try:
         device, why = sample.choose_device(args.device)
+        if args.data != "shapes":
+            data.Pictures(args.data)                             # a source that is none: say so before anything is made
         init = args.init and sample.find_model(args.init, device, torch.float32)[0]
         run = Run(args.out, args.seed, device, args.preset, args.resume, init, None if args.data == "shapes" else args.data,
                   args.save_every, args.look_every, args.accumulate, args.shard, args.checkpointing, args.compile,
@@ -1077,7 +1093,7 @@ def main(argv=None):
 def adopt(run):
     """Copy the parts of --init that the run has not yet: tokenizer, VQ model, text encoder, transformer."""
     if run.init and run.first:
-        for part in ("tokenizer", "vqvae", "text_encoder", "transformer"):
+        for part in ("tokenizer", "vqvae", "text_encoder", "transformer", "scheduler"):
             if (run.init / part).is_dir() and not (run.resume and (run.out / part).is_dir()):
                 shutil.rmtree(run.out / part, ignore_errors=True)
                 shutil.copytree(run.init / part, run.out / part)

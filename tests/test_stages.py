@@ -1,9 +1,6 @@
 """The recipe's other parts: compression added late, data from a disk, encoding, LoRA, ablations, scale."""
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -243,6 +240,19 @@ def with_lora():
     return model, inputs, plain
 
 
+@pytest.mark.parametrize("told, factor", (("rate", 1), ("rate1000", 1000), (None, 1000)))
+def test_the_rate_is_told_as_the_model_knows_it(tmp_path, told, factor):
+    """Ours: the rate. Models of the official script, the public ones among them, which do not say: 1000 times that."""
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps({"rate_condition": told} if told else {}))
+    assert train.convention_of(tmp_path / "nowhere") == "rate"
+    student, (ids, tokens, mask, rates, micro), seen = tiny_student(), tiny_batch(), []
+    student.convention, features = train.convention_of(tmp_path), student.transformer.features
+    student.transformer.features = lambda *a: (seen.append(a[4]), features(*a))[1]
+    student(ids, tokens, mask, rates, micro)
+    torch.testing.assert_close(seen[0], (rates * 1000).round() / 1000 * factor)
+
+
 def test_lora_round_trip(tmp_path):
     model, inputs, plain = with_lora()
     meissonic.save_lora(tmp_path / "lora.safetensors", model, model.state_dict())
@@ -276,6 +286,12 @@ def test_lora_scale_and_broken_files(tmp_path):
             meissonic.merge_lora(tiny_transformer(), tmp_path / kind)
     with pytest.raises(vq.CheckpointError, match="README"):
         meissonic.merge_lora(tiny_transformer(), ROOT / "README.md")
+
+
+def test_a_missing_lora_file_is_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        sample.main(["--model", "shapes", "--lora", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out.png")])
+    assert caught.value.code == 2 and "nowhere" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_training_a_lora(base, tmp_path):

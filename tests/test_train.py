@@ -185,6 +185,7 @@ SIZE, STEPS, SAVE = 16, 30, 10
 def shrink(patch):
     """Make train.py's models and stages tiny: f = 2, 8 x 8 tokens, then 16 x 16 behind compression layers."""
     patch.setitem(train.MODELS, "shapes", dict(
+        sampling=dict(steps=4, cfg=3.0),
         vq=vq.Config(block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, num_vq_embeddings=32, norm_num_groups=4),
         transformer=dict(num_layers=1, num_single_layers=1, num_attention_heads=2, attention_head_dim=8, joint_attention_dim=16,
                          pooled_projection_dim=16, axes_dims_rope=(2, 2, 4), codebook_size=32, vocab_size=33),
@@ -479,7 +480,9 @@ def test_each_process_reads_its_own_part(monkeypatch):
 
 
 @pytest.mark.parametrize("arguments", (["--steps", "0", "--stage", "vq"], ["--steps", "5"], ["--stage", "nothing"],
-                                       ["--steps", "5", "--stage", "tokenizer"], ["--speed", "1"], ["--device", "nothing"]))
+                                       ["--steps", "5", "--stage", "tokenizer"], ["--speed", "1"], ["--device", "nothing"],
+                                       ["--data", "/nowhere"], ["--preset", "cpu", "--stage", "3"], ["--shard"],
+                                       ["--init", "/nowhere"], ["--without", "everything"], ["--lora", "0"]))
 def test_bad_arguments(arguments, tmp_path, monkeypatch, capsys):
     shrink(monkeypatch)
     with pytest.raises(SystemExit) as caught:
