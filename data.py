@@ -297,15 +297,16 @@ def example(rng, size, task=None):
     return draw(scene, size), text, claim
 
 
-def concept(rng):
-    """One object fills most of the picture: what things are, before where they are -> (caption, Scene, Claim)."""
+def concept(rng, size):
+    """One object at any scale from 8 pixels up to most of a picture of `size` pixels: what things are, before where
+    and how many they are -> (caption, Scene, Claim)."""
     noun = _pick(rng, LETTERS if rng.random() < 0.3 else SHAPES)
-    colour, size = _colour(rng, noun), _pick(rng, tuple(SIZES))
+    colour = _colour(rng, noun)
     background = _pick(rng, [c for c in COLOURS if c != colour])
-    thing = Thing(noun, colour if rng.random() < 0.75 else None, size if rng.random() < 0.25 else None)
-    claim = Claim("single", (thing,), None, background if rng.random() < 0.6 else None)
-    r = 2 * float(rng.uniform(*SIZES[size]))
-    x, y = rng.uniform(min(r + 0.01, 0.5), max(0.99 - r, 0.5), 2)
+    claim = Claim("single", (Thing(noun, colour if rng.random() < 0.75 else None),), None,
+                  background if rng.random() < 0.6 else None)
+    r = float(np.exp(rng.uniform(np.log(max(0.12, 8 / size)), np.log(0.46))))
+    x, y = rng.uniform(r + 0.01, 0.99 - r, 2)
     return caption(rng, claim), Scene(background, (Item(noun, colour, float(x), float(y), r),)), claim
 
 
@@ -316,16 +317,14 @@ def spoil(rng, picture, degree):
     return Image.fromarray((np.asarray(blurred) + cast + noise).clip(0, 255).astype(np.uint8))
 
 
-def training_example(rng, size, concepts=False):
+def training_example(rng, size, concepts=0.0):
     """One example with its micro conditions -> (uint8 (size, size, 3), caption, (5,) float32: original width and
     height, crop top and left, score). As in photographs, one in four is a crop of a larger picture, and one in
-    four is spoilt, which its score tells: CLEAN less 4 at the worst."""
-    if concepts:
-        while held_out((made := concept(rng))[0]):
-            pass
-        text, scene, _ = made
-    else:
-        text, scene, _ = sample_example(rng)
+    four is spoilt, which its score tells: CLEAN less 4 at the worst. `concepts` is the share of single concepts."""
+    make = (lambda: concept(rng, size)) if rng.random() < concepts else (lambda: sample_example(rng))
+    while held_out((made := make())[0]):
+        pass
+    text, scene, _ = made
     side, left, top, score = size, 0, 0, CLEAN
     if rng.random() < 0.25:
         side = int(rng.integers(size, size * 5 // 4 + 1))

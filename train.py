@@ -58,24 +58,25 @@ import sample
 import vq
 
 # One line for each stage: size x size pixels, global batch, steps, peak learning rate, that of the text encoder in
-# its share (0: frozen), compression layers or none, how many pictures of the world of shapes are drawn.
+# its share (0: frozen), compression layers or none, how many pictures of the world of shapes are drawn and which share
+# of them shows a single concept.
 # vq: steps as an autoencoder (warm), the step at which the discriminator joins (adversary), pictures drawn (pool).
 PRESETS = {
     "shapes": {                                              # f = 4: 8 x 8, 16 x 16, then 32 x 32 tokens
         "vq": dict(size=64, batch=32, steps=6000, lr=2e-3, warm=800, adversary=5000, pool=12_000),
-        "1": dict(size=32, batch=64, steps=6000, lr=1.2e-3, text=0.3, compress=False, pictures=200_000, concepts=True),
-        "2": dict(size=64, batch=64, steps=12_000, lr=8e-4, text=0.3, compress=False, pictures=400_000),
-        "3": dict(size=128, batch=64, steps=12_000, lr=6e-4, text=0.3, compress=True, pictures=400_000),
+        "1": dict(size=32, batch=64, steps=6000, lr=1.2e-3, text=0.3, compress=False, pictures=200_000, concepts=1.0),
+        "2": dict(size=64, batch=64, steps=12_000, lr=8e-4, text=0.3, compress=False, pictures=400_000, concepts=0.4),
+        "3": dict(size=128, batch=64, steps=12_000, lr=6e-4, text=0.3, compress=True, pictures=400_000, concepts=0.2),
         "4": dict(size=128, batch=64, steps=3000, lr=1e-4, text=1.0, compress=True, pictures=100_000),
     },
     "cpu": {                                                 # compressed from the start: 4 x 4, then 8 x 8 positions
         "vq": dict(size=64, batch=32, steps=3600, lr=2e-3, warm=800, adversary=3600, pool=12_000),
-        "1": dict(size=32, batch=64, steps=1500, lr=1.2e-3, text=0.3, compress=True, pictures=100_000, concepts=True),
-        "2": dict(size=64, batch=48, steps=6000, lr=1.2e-3, text=0.3, compress=True, pictures=150_000),
+        "1": dict(size=32, batch=64, steps=1500, lr=1.2e-3, text=0.3, compress=True, pictures=100_000, concepts=1.0),
+        "2": dict(size=64, batch=48, steps=6000, lr=1.2e-3, text=0.3, compress=True, pictures=150_000, concepts=0.45),
     },
     "paper": {                                               # f = 16, the published sizes; steps and batches of section 2.5
         "vq": dict(size=256, batch=256, steps=200_000, lr=1e-4, warm=5000, adversary=100_000, pool=200_000),
-        "1": dict(size=256, batch=2048, steps=100_000, lr=1e-4, text=0.0, compress=False, pictures=2_000_000, concepts=True),
+        "1": dict(size=256, batch=2048, steps=100_000, lr=1e-4, text=0.0, compress=False, pictures=2_000_000, concepts=1.0),
         "2": dict(size=512, batch=512, steps=100_000, lr=1e-4, text=0.0, compress=False, pictures=2_000_000),
         "3": dict(size=1024, batch=256, steps=42_000, lr=1e-4, text=0.0, compress=True, pictures=2_000_000),
         "4": dict(size=1024, batch=256, steps=10_000, lr=1e-5, text=1.0, compress=True, pictures=1_000_000),
@@ -462,7 +463,7 @@ def look(run, stage, step, number=16):
 
 class World:
     """`number` examples of the world of shapes; the i-th comes from a generator seeded with (seed, stage, i)."""
-    def __init__(self, seed, stage, size, number, concepts=False):
+    def __init__(self, seed, stage, size, number, concepts=0.0):
         self.skipped = []
         self.key, self.size, self.number, self.concepts = [seed, STAGES.index(stage), 2 ** 32], size, number, concepts
 
@@ -492,7 +493,7 @@ def source_of(run, stage):
     preset = run.stages[stage]
     if run.data:
         return Disk(run.data, run.seed, preset["size"])
-    return World(run.seed, stage, preset["size"], preset.get("pictures") or preset["pool"], preset.get("concepts", False))
+    return World(run.seed, stage, preset["size"], preset.get("pictures") or preset["pool"], preset.get("concepts", 0.0))
 
 
 def pixels(pictures):

@@ -1,7 +1,6 @@
 """The recipe's other parts: compression added late, data from a disk, encoding, LoRA, ablations, scale."""
 import json
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -131,13 +130,14 @@ def test_crops_are_cut_from_larger_pictures():
     assert (micro[:, 2:4] <= micro[:, :1] - 32).all() and (micro[~cropped, 2:4] == 0).all() and micro[cropped, 2:4].max() > 0
 
 
-def test_concepts_fill_the_picture():
-    for i in range(50):
-        text, scene, claim = data.concept(np.random.default_rng(i))
-        item, = scene.items
-        halved = data.Scene(scene.background, (replace(item, r=item.r / 2),))             # sizes are those of a picture twice as large
-        assert data.holds(halved, claim) and 0.24 <= item.r <= 0.47 and item.r <= min(item.x, 1 - item.x) + 0.01
-        assert (item.colour, item.noun) not in data.HELD_OUT and text
+def test_concepts_come_at_any_scale():
+    for size, least in ((32, 0.25), (128, 0.12)):
+        seen = [data.concept(np.random.default_rng(i), size) for i in range(300)]
+        items = [scene.items[0] for _, scene, _ in seen]
+        assert all(data.holds(scene, claim) and text for text, scene, claim in seen)
+        assert all(least <= i.r <= 0.46 and i.r <= min(i.x, 1 - i.x, i.y, 1 - i.y) for i in items)
+        assert min(i.r for i in items) < 1.1 * least and max(i.r for i in items) > 0.43
+        assert not {(i.colour, i.noun) for i in items} & data.HELD_OUT
 
 
 # ---------------------------------------------------------------------------------------------------------
