@@ -22,7 +22,6 @@ sees what it would have seen, and the step is all the state that there is to kee
 Letters: B batch, H W pixels, h w tokens, L text positions, E codebook vector, V codebook, C width.
 """
 import contextlib
-import copy
 import json
 import math
 import os
@@ -33,6 +32,7 @@ import sys
 import time
 from functools import lru_cache
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -933,7 +933,8 @@ def benchmark(run, repeats=5):
         if stage == "vq":
             continue
         with torch.device(run.device):
-            student = Student(*build(run.preset, range_of_words(run), preset["compress"]))
+            words = {clip.END: 655, **{i: i for i in range(655)}}         # as many as the small models' tokenizer has
+            student = Student(*build(run.preset, words, preset["compress"]))
         f = MODELS[run.preset]["vq"].f
         batch, side = max(1, min(preset["batch"], 2 ** 15 // (preset["size"] // f) ** 2)), preset["size"] // f
         inputs = random_batch(run, student, batch, side, preset["size"])
@@ -943,7 +944,7 @@ def benchmark(run, repeats=5):
         seconds = {loss: [] for loss in (plain_loss, fused_loss)}
         for i in range(repeats + 1):                              # in turn, so that both meet the same weather
             for loss, times in seconds.items():
-                with plain_kernels(loss is plain_loss):
+                with mock.patch.dict(os.environ, {"MEISSONIC_KERNELS": "plain"} if loss is plain_loss else {}):
                     start = time.perf_counter()
                     train_step(run, student, optimizer, inputs, loss)
                     times += [time.perf_counter() - start] if i else []
@@ -968,22 +969,6 @@ def matmul_peak(device, repeats=10):
 def synchronize(device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-@contextlib.contextmanager
-def plain_kernels(on):
-    """The reference path of kernels/ while inside, if `on`."""
-    old = os.environ.get("MEISSONIC_KERNELS")
-    if on:
-        os.environ["MEISSONIC_KERNELS"] = "plain"
-    yield
-    if on:
-        os.environ.pop("MEISSONIC_KERNELS") if old is None else os.environ.update(MEISSONIC_KERNELS=old)
-
-
-def range_of_words(run):
-    """A vocabulary of the size that the preset's tokenizer has, for the benchmark's text encoder."""
-    return {clip.END: 655, **{i: i for i in range(655)}} if MODELS[run.preset]["text"] else {}
 
 
 def random_batch(run, student, batch, side, size):
