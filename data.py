@@ -577,13 +577,13 @@ def crop(picture, size, rng):
     (Podell et al. 2023, section 2.2): the size before resizing, and the cut's corner in pixels after it.
     The square alone is ever computed, so that a strip of any length costs no more."""
     scale = size / min(picture.size)
-    whole = [max(size, round(side * scale)) for side in picture.size]  # width, height after resizing
-    corner = [int(rng.integers(side - size + 1)) for side in whole]    # left, top
-    box = [at * side / wide for at, side, wide in zip(corner, picture.size, whole)]
-    box += [min((at + size) * side / wide, side) for at, side, wide in zip(corner, picture.size, whole)]
+    whole = [round(side * scale) for side in picture.size]             # width, height after resizing
+    left, top = (int(rng.integers(side - size + 1)) for side in whole)
+    ends = zip((left, top, left + size, top + size), 2 * picture.size, 2 * whole)
+    box = [at * before / after for at, before, after in ends]          # the square's, before resizing
     kind = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC
     square = np.array(picture.resize((size, size), kind, box))         # (size, size, 3)
-    return square, (*picture.info.get("original", (picture.height, picture.width)), *corner[::-1])
+    return square, (*picture.info.get("original", (picture.height, picture.width)), top, left)
 
 
 # ---------------------------------------------------------------------------------------------------------

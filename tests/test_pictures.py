@@ -741,7 +741,7 @@ def test_crop_is_a_piece_of_the_whole(width, height, size, seed):
     picture = Image.fromarray(smooth(width, height))
     square, (oh, ow, top, left) = data.crop(picture, size, np.random.default_rng(seed))
     assert square.shape == (size, size, 3) and square.dtype == np.uint8 and (oh, ow) == (height, width)
-    whole = [max(size, round(side * size / min(width, height))) for side in (width, height)]
+    whole = [round(side * size / min(width, height)) for side in (width, height)]
     assert 0 <= left <= whole[0] - size and 0 <= top <= whole[1] - size
     kind = Image.Resampling.LANCZOS if size < min(width, height) else Image.Resampling.BICUBIC
     wanted = np.asarray(picture.resize(whole, kind))[top:top + size, left:left + size]
