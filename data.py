@@ -305,7 +305,7 @@ def concept(rng, size):
     background = _pick(rng, [c for c in COLOURS if c != colour])
     claim = Claim("single", (Thing(noun, colour if rng.random() < 0.75 else None),), None,
                   background if rng.random() < 0.6 else None)
-    r = float(np.exp(rng.uniform(np.log(max(0.12, 8 / size)), np.log(0.46))))
+    r = float(np.exp(rng.uniform(np.log(min(max(0.12, 8 / size), 0.4)), np.log(0.46))))
     x, y = rng.uniform(r + 0.01, 0.99 - r, 2)
     return caption(rng, claim), Scene(background, (Item(noun, colour, float(x), float(y), r),)), claim
 

@@ -1113,10 +1113,12 @@ def steps_done(run, stage):
 
 def captions(run):
     """Captions to learn the byte pairs from."""
-    rng = np.random.default_rng(run.seed)
-    if run.data:
-        return readable(source_of(run, "vq"), 2000)[1]
-    return [data.caption(rng, data.sample_claim(rng)) for _ in range(20_000)]
+    return readable(source_of(run, "vq"), 2000)[1] if run.data else world_captions(run.seed)
+
+
+def world_captions(seed, number=20_000):
+    rng = np.random.default_rng(seed)
+    return [data.caption(rng, data.sample_claim(rng)) for _ in range(number)]
 
 
 if __name__ == "__main__":

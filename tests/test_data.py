@@ -240,7 +240,7 @@ def test_pictures_have_the_size_asked_for(size):
 
 def test_captions_fit(capsys):
     """The longest claims there are, and a sample of all, in LENGTH tokens of the tokenizer that training makes."""
-    tokenizer, rng = train.train_tokenizer(0), np.random.default_rng(1)
+    tokenizer, rng = train.train_tokenizer(train.world_captions(0), 32), np.random.default_rng(1)
     long = data.Claim("long", tuple(data.Thing(n, c, "small") for n, c in
                                     (("triangle", "yellow"), ("diamond", "purple"), ("square", "orange"))),
                       background="orange")

@@ -37,7 +37,7 @@ def golden_vq():
 
 @lru_cache(maxsize=None)
 def world_tokenizer():
-    return train.train_tokenizer(0, captions=3000)
+    return train.train_tokenizer(train.world_captions(0, 3000), 32)
 
 
 def generator(seed):
