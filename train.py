@@ -30,6 +30,7 @@ import signal
 import statistics
 import sys
 import time
+import zlib
 from functools import lru_cache
 from pathlib import Path
 from unittest import mock
@@ -507,15 +508,23 @@ def token_folder(run, stage):
 
 def encode(run, stage, chunk=1000):
     """Write each picture of a stage's source as tokens, once, `chunk` to a file: tokens (M, h, w) int16, text (M, L)
-    int32, micro (M, 5) float32. Files that are there are kept, so an interrupted run loses one chunk at most; each
-    process writes every world-th file. A picture that cannot be read is skipped, counted and named in its file."""
+    int32, micro (M, 5) float32. Files of the same pictures, VQ model and tokenizer are kept, so that nothing is encoded
+    twice and an interrupted run loses one chunk at most; each process writes every world-th file. A picture
+    that cannot be read is skipped, counted and named in its file."""
     source, folder = source_of(run, stage), token_folder(run, stage)
-    about = {"source": f"{run.data or 'shapes'}, {len(source)} pictures of {run.stages[stage]['size']} px, seed {run.seed}"}
     tokenizer = clip.Tokenizer.from_pretrained(run.out / "tokenizer")
     model = vq.VQModel.from_pretrained(run.out / "vqvae", device=run.device)
     model = model.to(memory_format=torch.channels_last)                      # 1.25x on a CPU
+    files = [p for part in ("vqvae", "tokenizer") for p in sorted((run.out / part).iterdir()) if p.is_file()]
+    about = {"source": f"{run.data or 'shapes'}, {len(source)} pictures, seed {run.seed}, {run.stages[stage]['size']} px, "
+                       f"concepts {run.stages[stage].get('concepts', 0.0)}, "
+                       f"{[zlib.crc32(p.read_bytes()) for p in files]}"}
     folder.mkdir(parents=True, exist_ok=True)
-    for k in tqdm(range(run.rank, math.ceil(len(source) / chunk), run.world), f"encode {stage}", disable=not run.first):
+    count = math.ceil(len(source) / chunk)
+    for old in folder.glob("*.safetensors"):
+        if run.first and int(old.stem) >= count:                             # of a source that was larger
+            old.unlink()
+    for k in tqdm(range(run.rank, count, run.world), f"encode {stage}", disable=not run.first):
         path, skipped, read = folder / f"{k:06d}.safetensors", [], []
         if path.is_file() and metadata(path).get("source") == about["source"]:
             continue
@@ -598,10 +607,6 @@ def train_tokenizer(captions, length):
     vocabulary = {w: i for i, w in enumerate(dict.fromkeys(words + [clip.START, clip.END]))}
     return clip.Tokenizer(clip.byte_pair_tokenizer(models.BPE(
         vocabulary, merges, end_of_word_suffix="</w>", unk_token=clip.END)), length)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# 2. VQ model
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -731,7 +736,7 @@ def distinct(points, cell=0.8):
     and tokens that differ by chance alone are noise to the transformer (perplexity 238 against 79, same PSNR)."""
     cells = (points / points.std(0) / cell).round().long()
     _, where = torch.unique(cells, dim=0, return_inverse=True)
-    return torch.zeros(int(where.max()) + 1, points.shape[1]).index_copy_(0, where, points)
+    return points.new_zeros(int(where.max()) + 1, points.shape[1]).index_copy_(0, where, points)
 
 
 def k_means(points, k, rng, iterations=10):
@@ -863,9 +868,6 @@ def train_stage(run, stage, dropout=0.1):
     """Masked-token modelling (SPEC section 6); the caption is empty with probability `dropout`, for guidance."""
     preset = run.stages[stage]
     size, steps, batch = preset["size"], preset["steps"], preset["batch"]
-    if not run.resume and run.first:
-        shutil.rmtree(token_folder(run, stage), ignore_errors=True)
-    run.wait()
     encode(run, stage)
     pictures = Tokens(token_folder(run, stage))
     empty = clip.Tokenizer.from_pretrained(run.out / "tokenizer")([""])
@@ -939,7 +941,7 @@ def benchmark(run, repeats=5):
         batch, side = max(1, min(preset["batch"], 2 ** 15 // (preset["size"] // f) ** 2)), preset["size"] // f
         inputs = random_batch(run, student, batch, side, preset["size"])
         optimizer = torch.optim.AdamW(student.parameters(), fused=run.device.type == "cuda")
-        with FlopCounterMode(display=False) as counter:
+        with mock.patch.dict(os.environ, {"MEISSONIC_KERNELS": "plain"}), FlopCounterMode(display=False) as counter:
             train_step(run, student, optimizer, inputs, plain_loss)
         seconds = {loss: [] for loss in (plain_loss, fused_loss)}
         for i in range(repeats + 1):                              # in turn, so that both meet the same weather
@@ -1077,7 +1079,7 @@ def main(argv=None):
 
 
 def adopt(run):
-    """Copy the parts of --init that the run has not yet: tokenizer, VQ model, text encoder, transformer."""
+    """Copy the parts of --init into the run's folder; with --resume those alone that it has not yet."""
     if run.init and run.first:
         for part in ("tokenizer", "vqvae", "text_encoder", "transformer", "scheduler"):
             if (run.init / part).is_dir() and not (run.resume and (run.out / part).is_dir()):

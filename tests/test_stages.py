@@ -197,6 +197,21 @@ def test_an_interrupted_encode_loses_nothing(base, tmp_path, monkeypatch):
         assert all(torch.equal(a[k], b[k]) for k in ("tokens", "text", "micro"))
 
 
+def test_tokens_are_made_again_for_another_model_alone(base, tmp_path):
+    """Encoding, then training without --resume: the same files. With other VQ weights or fewer pictures: new ones."""
+    out = train_on(base, tmp_path / "run", "--stage", "1", "--encode")
+    path = out / "tokens" / "1" / "000000.safetensors"
+    first = path.stat().st_mtime_ns
+    command("--out", out, "--stage", "1", "--steps", "1")
+    assert path.stat().st_mtime_ns == first
+    model = vq.VQModel.from_pretrained(out / "vqvae")
+    model.quantize.embedding.weight.mul_(-1)
+    model.save_pretrained(out / "vqvae", torch.float16)
+    save_file({"tokens": torch.zeros(1, 8, 8)}, path.with_name("000007.safetensors"))
+    command("--out", out, "--stage", "1", "--encode")
+    assert path.stat().st_mtime_ns != first and [p.name for p in path.parent.iterdir()] == [path.name]
+
+
 def test_each_example_comes_once_in_a_pass():
     for batch, number in ((8, 30), (7, 20), (16, 10)):
         seen = np.concatenate([train.examples([0, 0], i, batch, number) for i in range(4 * number)])
