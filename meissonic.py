@@ -108,6 +108,17 @@ class MLP(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
+class Linear8(nn.Module):
+    """A linear layer in 8 bits, for sampling: kernels.linear8. `dtype` int8 or float8_e4m3fn."""
+    def __init__(self, linear, dtype, device):
+        super().__init__()
+        weight, self.scale = kernels.round8(linear.weight.to(device), dtype)
+        self.weight, self.bias = weight, None if linear.bias is None else linear.bias.to(device)
+
+    def forward(self, x):
+        return kernels.linear8(x, self.weight, self.scale, self.bias)
+
+
 class FeedForward(nn.Module):
     """linear to 4C, tanh-GELU, linear; `net` has the published places (0.proj, 1 a dropout, 2)."""
     def __init__(self, c):
@@ -149,14 +160,19 @@ def gated(x, gate, y):
 
 
 class AdaNorm(nn.Module):
-    """linear(SiLU(temb)) in `parts` pieces of width C: shift, scale, gate, and in multi-modal blocks the MLP's."""
+    """linear(SiLU(temb)) in `parts` pieces of width C: shift, scale, gate, and in multi-modal blocks the MLP's.
+    Sampling makes the pieces of all steps beforehand, `Transformer.modulations`, and gives them in temb's place."""
     def __init__(self, c, parts):
         super().__init__()
         self.parts = parts
         self.linear = nn.Linear(c, parts * c)
 
-    def forward(self, temb):                                                       # (B, C) -> parts x (B, C)
-        return self.linear(F.silu(temb)).chunk(self.parts, -1)
+    def forward(self, temb):                      # (B, C), or {norm: (B, parts C)} -> parts x (B, C)
+        made = temb[self] if isinstance(temb, dict) else self.make(F.silu(temb))
+        return made.chunk(self.parts, -1)
+
+    def make(self, x):                            # the weights may lie on the host, see Transformer
+        return F.linear(x, self.linear.weight.to(x.device), self.linear.bias.to(x.device))
 
 
 def qk_norm(c: Config):
@@ -193,7 +209,7 @@ class MultiModalBlock(nn.Module):
         self.attn = JointAttention(c)
         self.ff, self.ff_context = FeedForward(c.width), FeedForward(c.width)
 
-    def forward(self, x, text, temb, rope):                         # (B, N, C), (B, L, C), (B, C) -> x, text
+    def forward(self, x, text, temb, rope):                         # (B, N, C), (B, L, C), see AdaNorm -> x, text
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.norm1(temb)
         t_shift, t_scale, t_gate, t_mlp_shift, t_mlp_scale, t_mlp_gate = self.norm1_context(temb)
         y, t = self.attn(kernels.norm_modulate(x, shift, scale), kernels.norm_modulate(text, t_shift, t_scale), rope)
@@ -213,7 +229,7 @@ class SingleBlock(nn.Module):
         self.attn.norm_q, self.attn.norm_k = qk_norm(c), qk_norm(c)
         self.proj_out = nn.Linear(5 * width, width)
 
-    def forward(self, s, length, temb, rope):                       # (B, S, C), text rows L, (B, C) -> (B, S, C)
+    def forward(self, s, length, temb, rope):                       # (B, S, C), text rows L, see AdaNorm -> (B, S, C)
         shift, scale, gate = self.norm(temb)
         qkv, mlp = self.qkv_mlp(kernels.norm_modulate(s, shift, scale)).split((3 * s.shape[-1], 4 * s.shape[-1]), -1)
         qkv = qkv.unflatten(-1, (3, self.heads, -1))                                               # (B, S, 3, H, D)
@@ -227,7 +243,10 @@ class SingleBlock(nn.Module):
 
 
 class Transformer(Pretrained):
+    """For sampling its adaptive norms, a quarter of its weights that are read once for a picture, may stay on the host:
+    `from_pretrained(..., host=Transformer.ADAPTIVE)`."""
     CONFIG = Config
+    ADAPTIVE = (".norm.linear.", ".norm1.linear.", ".norm1_context.linear.")
     PACKED = {"attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
               "attn.add_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
               "qkv_mlp": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")}
@@ -257,16 +276,37 @@ class Transformer(Pretrained):
         self.mlm_layer = named(conv1=Pointwise(width, width), layer_norm=RMSNorm(width),
                                conv2=Pointwise(width, c.codebook_size))
         self.checkpointing = False                                                # recompute blocks in the backward pass
+        self.recorded = None                                                      # see `launch`
+
+    def lean(self, device, rounded=None):
+        """Move to `device`, in place, all but the adaptive norms, the blocks' other linear layers rounded on the way
+        to int8 or float8_e4m3fn if that is asked for: what they were is never there. -> self"""
+        norms = {id(norm.linear) for norm in self.norms()}
+        for parent in [m for block in (*self.transformer_blocks, *self.single_transformer_blocks) for m in block.modules()]:
+            for name, child in parent.named_children():
+                if rounded and isinstance(child, nn.Linear) and id(child) not in norms:
+                    setattr(parent, name, Linear8(child, rounded, device))
+        for module in self.modules():
+            if id(module) not in norms:
+                for name, value in module.named_parameters(recurse=False):
+                    setattr(module, name, nn.Parameter(value.to(device), requires_grad=False))
+        return self
 
     def conditioning(self, pooled, micro_conds, timestep):
-        """pooled (B, C), micro_conds (B, 5) = width, height, crop top, crop left, score; timestep (B,) or (1,),
-        multiplied by 1000 here -> temb (B, C)."""
-        dtype, without = pooled.dtype, self.config.without
-        micro_conds = micro_conds * 0 if "micro" in without else micro_conds
-        timestep = timestep * 0 if "rate" in without else timestep
-        cond = self.cond_embed(torch.cat((pooled, sin256(micro_conds).flatten(1).to(dtype)), -1))
-        time = self.time_text_embed.timestep_embedder(sin256(1000 * timestep.float()).to(dtype))
-        return time + self.time_text_embed.text_embedder(cond)
+        """pooled (B, C), micro_conds (B, 5) = width, height, crop top, crop left, score; timestep (B,) or (1,)
+        -> temb (B, C)."""
+        return self.embed_time(timestep, pooled.dtype) + self.embed_prompt(pooled, micro_conds)
+
+    def embed_prompt(self, pooled, micro_conds):
+        """(B, C), (B, 5) -> (B, C), what temb has from the prompt."""
+        micro_conds = micro_conds * 0 if "micro" in self.config.without else micro_conds
+        cond = torch.cat((pooled, sin256(micro_conds).flatten(1).to(pooled.dtype)), -1)
+        return self.time_text_embed.text_embedder(self.cond_embed(cond))
+
+    def embed_time(self, timestep, dtype):
+        """(B,), multiplied by 1000 here -> (B, C), what temb has from the masking rate."""
+        timestep = timestep * 0 if "rate" in self.config.without else timestep
+        return self.time_text_embed.timestep_embedder(sin256(1000 * timestep.float()).to(dtype))
 
     def embed_image(self, tokens):
         """(B, h, w) -> (B, N, C) and the grid that the blocks see. Raises ValueError for a grid that does not divide."""
@@ -282,11 +322,37 @@ class Transformer(Pretrained):
             x = x + self.positions[0, :grid[0], None] + self.positions[1, :grid[1]]
         return self.project_to_hidden(self.project_to_hidden_norm(x.flatten(1, 2))), grid
 
+    def embed_text(self, hidden):
+        """(B, L, text width) -> (B, L, C)."""
+        return self.encoder_proj_layer_norm(self.context_embedder(hidden))
+
+    def norms(self):
+        return [m for m in self.modules() if isinstance(m, AdaNorm)]
+
+    def modulations(self, temb):
+        """(..., C) -> (..., W): what each adaptive norm makes of temb, side by side."""
+        return torch.cat([norm.make(F.silu(temb)) for norm in self.norms()], -1)
+
     def features(self, tokens, hidden, pooled, micro_conds, timestep):
         """Everything but the head -> (B, h, w, C)."""
+        return self.run(tokens, self.embed_text(hidden), self.conditioning(pooled, micro_conds, timestep))
+
+    def launch(self, tokens, text, made):
+        """`run`, made (B, W) of `modulations`; on CUDA recorded once for each shape and launched as one graph."""
+        def blocks(tokens, text, made):
+            norms = self.norms()
+            return self.run(tokens, text, dict(zip(norms, made.split([n.parts * self.config.width for n in norms], -1))))
+        if not tokens.is_cuda:
+            return blocks(tokens, text, made)
+        shapes = tokens.shape, text.shape
+        if self.recorded is None or self.recorded[0] != shapes:
+            self.recorded = None                                                  # the old one's memory first
+            self.recorded = shapes, Graph(blocks, tokens, text, made)
+        return self.recorded[1](tokens, text, made)
+
+    def run(self, tokens, text, temb):
+        """`features` of what is prepared: text (B, L, C) of embed_text, temb (B, C) or what AdaNorm takes in its place."""
         x, grid = self.embed_image(tokens)                                                         # (B, N, C)
-        text = self.encoder_proj_layer_norm(self.context_embedder(hidden))                         # (B, L, C)
-        temb = self.conditioning(pooled, micro_conds, timestep)                                    # (B, C)
         rope = rope_table(*grid, self.config.axes_dims_rope, x.device)
         if "rope" in self.config.without:
             rope = torch.ones_like(rope[0]), torch.zeros_like(rope[1])
@@ -432,25 +498,75 @@ class Text:
     pooled: torch.Tensor
     micro_conds: torch.Tensor
 
+    def rows(self, index):
+        return Text(*(x[index] for x in vars(self).values()))
 
-def guided(model, tokens, positions, text, negative, time, guidance):
-    """Classifier-free guidance u + g (c - u) at `positions` (B, M) of the flat grid -> (B, M, C), the input of the
-    head's last projection: it is linear, so guidance passes through it. Both passes run as one batch."""
-    time = torch.full((1,), time, device=tokens.device)
-    pick = lambda x: x.flatten(1, 2).gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))   # (B, M, C)
-    if guidance == 1:
-        x = model.features(tokens, text.hidden, text.pooled, text.micro_conds, time)
-        return model.head_features(pick(x))
-    both = [torch.cat(pair) for pair in ((text.hidden, negative.hidden), (text.pooled, negative.pooled),
-                                         (text.micro_conds, negative.micro_conds))]
-    c, u = model.features(torch.cat((tokens, tokens)), *both, time).chunk(2)                       # (B, h, w, C)
-    c, u = model.head_features(pick(c)), model.head_features(pick(u))
-    return u + guidance * (c - u)
+
+def guide(c, u, scale):
+    """Classifier-free guidance, of logits or, as the head's last projection is linear, of what it projects."""
+    return u + scale * (c - u)
+
+
+def plain_path(model, text, negative, times, guidance):
+    """A step as the paper writes it, to be read and to be held against: both passes whole, guidance of the logits
+    of all positions -> function (step, tokens (B, h, w), positions (B, M)) -> logits (B, M, V)."""
+    def logits(i, tokens, positions):
+        time = torch.full((1,), times[i], device=tokens.device)
+        x = model(tokens, text.hidden, text.pooled, text.micro_conds, time)                        # (B, h, w, V)
+        if guidance != 1:
+            x = guide(x, model(tokens, negative.hidden, negative.pooled, negative.micro_conds, time), guidance)
+        return pick(x, positions)
+    return logits
+
+
+def fast_path(model, text, negative, times, guidance):
+    """The same, faster: what steps share is made once, both passes run as one batch, on CUDA as one launch; the head
+    sees the masked positions alone, its last projection after the guidance -> function (step, tokens (B, h, w),
+    positions (B, M)) -> what that projection takes, (B, M, C)."""
+    passes = 1 if guidance == 1 else 2
+    both = Text(*(torch.cat(pair[:passes]) for pair in zip(vars(text).values(), vars(negative).values())))
+    words, made = model.embed_text(both.hidden), made_once(model, both, times)                     # (2B, L, C), (T, 2B, W)
+    def features(i, tokens, positions):
+        x = model.launch(tokens.repeat(passes, 1, 1), words, made[i])                              # (2B, h, w, C)
+        x = model.head_features(pick(x, positions.repeat(passes, 1)))                              # (2B, M, C)
+        return x if guidance == 1 else guide(*x.chunk(2), guidance)
+    return features
+
+
+def pick(x, positions):
+    """Rows of (B, h, w, C) at positions (B, M) of the flat grid -> (B, M, C)."""
+    return x.flatten(1, 2).gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def made_once(model, text, times):
+    """The modulations of all steps -> (T, B, W). They depend on the prompt and the step alone, so that the weights
+    behind them, a quarter of the model, are read once for a picture and not in each step."""
+    time = model.embed_time(torch.tensor(times, device=text.pooled.device), text.pooled.dtype)     # (T, C)
+    return model.modulations(time[:, None] + model.embed_prompt(text.pooled, text.micro_conds))
+
+
+class Graph:
+    """A function of tensors whose kernels are recorded and then launched as one: the host, which needs about 5
+    microseconds for each of some 600 kernels, is out of the way. Results are overwritten by the next call."""
+    def __init__(self, function, *inputs):
+        self.inputs, self.graph, side = [x.clone() for x in inputs], torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):                             # kernels are compiled and tables filled before, not inside
+            function(*self.inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(self.graph):
+            self.output = function(*self.inputs)
+
+    def __call__(self, *inputs):
+        for mine, x in zip(self.inputs, inputs):
+            mine.copy_(x)
+        self.graph.replay()
+        return self.output
 
 
 @torch.no_grad()
 def sample(model, text, negative, tokens, seeds, steps, guidance=9.0, temperature=(2.0, 0.0), schedule="cosine",
-           convention="step", progress=iter):
+           convention="step", progress=iter, plain=False):
     """Fill in the masked tokens.
 
     tokens (B, h, w) int64     config.mask_token where unknown, the same number in each picture of the batch;
@@ -458,6 +574,7 @@ def sample(model, text, negative, tokens, seeds, steps, guidance=9.0, temperatur
     seeds (B,) ints            one for each picture: it depends on its own seed and text alone
     temperature                of the Gumbel noise on the confidences, from the first step to the last
     progress                   wraps the range of steps, e.g. tqdm
+    plain                      plain_path in place of fast_path: the same picture, but for rounding
     -> (B, h, w) int64
     """
     shape, flat = tokens.shape, tokens.flatten(1).clone()                                          # (B, h w)
@@ -466,14 +583,17 @@ def sample(model, text, negative, tokens, seeds, steps, guidance=9.0, temperatur
     if len(set(unknown.sum(1).tolist())) != 1:
         raise ValueError("the pictures of a batch must have equally many masked tokens")
     positions = unknown.nonzero()[:, 1].view(len(flat), -1)                                        # (B, M)
-    counts = masked_counts(steps, positions.shape[1], schedule) if positions.numel() else [0] * steps
+    if not positions.numel():
+        return tokens.clone()
+    counts = masked_counts(steps, positions.shape[1], schedule)
+    masked = [m for m in (positions.shape[1], *counts[:-1]) if m]             # before each step; none are idle ones
+    times = [timestep(convention, i, steps, m, flat.shape[1]) for i, m in enumerate(masked)]
+    look = (plain_path if plain else fast_path)(model, text, negative, times, guidance)
     weight = model.mlm_layer.conv2.weight.flatten(1)                                               # (V, C)
-    for i in progress(range(steps)):
-        if positions.shape[1] == 0:                                          # more steps than tokens
-            continue
-        time = timestep(convention, i, steps, positions.shape[1], flat.shape[1])
-        x = guided(model, flat.view(shape), positions, text, negative, time, guidance)             # (B, M, C)
-        drawn, logp = kernels.sample_from_head(x, weight, positions, seeds, i)                     # (B, M) twice
+    for i in progress(range(len(times))):
+        x = look(i, flat.view(shape), positions)                                                   # (B, M, V or C)
+        drawn, logp = kernels.sample_masked(x, positions, seeds, i) if plain else \
+            kernels.sample_from_head(x, weight, positions, seeds, i)                               # (B, M) twice
         heat = temperature[0] + (temperature[1] - temperature[0]) * i / max(steps - 1, 1)
         noise = kernels.confidence_noise(seeds, i, positions)
         flat.scatter_(1, positions, drawn)

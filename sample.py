@@ -12,6 +12,8 @@ import argparse
 import json
 import re
 import sys
+import zlib
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +30,7 @@ import vq
 BUNDLED = Path(__file__).parent / "weights" / "shapes"
 HUB = dict(meissonic="MeissonFlow/Meissonic", monetico="Collov-Labs/Monetico")
 DEFAULT_PROMPT = "a red circle above a blue square on a white background"
+ROUNDED = dict(int8=torch.int8, fp8=torch.float8_e4m3fn)
 PARTS = ("transformer", "vqvae", "text_encoder")
 
 
@@ -134,38 +137,59 @@ def find_model(name, device, dtype):
 class Pipeline:
     """Tokenizer, text encoder, transformer and VQ model of one checkpoint folder.
 
-    Attributes of use to others: `f` pixels per block position and side (sizes must divide by it), and the
-    checkpoint's defaults `size` (width, height), `steps`, `cfg`, `score_condition`.
+    Everything is checked at once, but each model is read when it is first used, and `release` lets go of it: they work
+    in turn and need never be in memory together.
+
+    Attributes of use to others: `encoder`, `transformer`, `vq`; `mask_token`; `tokens_f` and `f`, pixels for each token
+    and for each block position along a side (sizes must divide by `f`); and the checkpoint's defaults `size` (width,
+    height), `steps`, `cfg`, `score_condition`.
     """
 
-    def __init__(self, folder, device="cpu", dtype=torch.float32, lora=None):
-        """`lora`: a file of low-rank terms to merge. Raises vq.CheckpointError, naming the part at fault."""
-        folder = Path(folder)
-        if not folder.is_dir():
+    def __init__(self, folder, device="cpu", dtype=torch.float32, lora=None, rounded=None):
+        """`lora`: a file of low-rank terms to merge. `rounded`: int8 or float8_e4m3fn, for the weights of the
+        transformer's blocks. Raises vq.CheckpointError, naming the part at fault."""
+        self.folder, self.device, self.dtype = Path(folder), torch.device(device), dtype
+        self.lora, self.rounded = lora, rounded
+        if not self.folder.is_dir():
             raise vq.CheckpointError(f"{folder}: no such folder")
-        self.device, self.dtype = torch.device(device), dtype
-        self.tokenizer = clip.Tokenizer.from_pretrained(folder / "tokenizer")
-        self.encoder = clip.TextEncoder.from_pretrained(folder / "text_encoder", dtype, device)
-        self.transformer = meissonic.Transformer.from_pretrained(folder / "transformer", dtype, device)
-        if lora:
-            meissonic.merge_lora(self.transformer, lora)
-        # NOTE the published decoder overflows in float16
-        vq_dtype = torch.float32 if dtype == torch.float16 else dtype
-        self.vq = vq.VQModel.from_pretrained(folder / "vqvae", vq_dtype, device)
-        self.read_scheduler(folder / "scheduler" / "scheduler_config.json")
-        config = self.transformer.config
-        if self.encoder.config.hidden_size != config.joint_attention_dim or \
-                self.encoder.config.projection_dim != config.pooled_projection_dim:
+        self.tokenizer = clip.Tokenizer.from_pretrained(self.folder / "tokenizer")
+        text = clip.TextEncoder.from_pretrained(self.folder / "text_encoder", dtype, "meta").config
+        config = meissonic.Transformer.from_pretrained(self.folder / "transformer", dtype, "meta").config
+        pixels = vq.VQModel.from_pretrained(self.folder / "vqvae", dtype, "meta").config
+        if text.hidden_size != config.joint_attention_dim or text.projection_dim != config.pooled_projection_dim:
             raise vq.CheckpointError(f"{folder}: text encoder and transformer do not fit each other")
-        if self.tokenizer.bpe.get_vocab_size() > self.encoder.config.vocab_size or \
-                self.tokenizer.length > self.encoder.config.max_position_embeddings:
+        if self.tokenizer.bpe.get_vocab_size() > text.vocab_size or self.tokenizer.length > text.max_position_embeddings:
             raise vq.CheckpointError(f"{folder}: the tokenizer has more words or positions than the text encoder")
-        if self.vq.config.num_vq_embeddings != config.codebook_size:
-            raise vq.CheckpointError(f"{folder}: the VQ model has {self.vq.config.num_vq_embeddings} codes, "
+        if pixels.num_vq_embeddings != config.codebook_size:
+            raise vq.CheckpointError(f"{folder}: the VQ model has {pixels.num_vq_embeddings} codes, "
                                      f"the transformer {config.codebook_size}")
-        self.f = self.vq.config.f * config.compression
+        self.mask_token, self.tokens_f, self.f = config.mask_token, pixels.f, pixels.f * config.compression
+        self.read_scheduler(self.folder / "scheduler" / "scheduler_config.json", config.downsample)
 
-    def read_scheduler(self, path):
+    @cached_property
+    def encoder(self):
+        return clip.TextEncoder.from_pretrained(self.folder / "text_encoder", self.dtype, self.device)
+
+    @cached_property
+    def transformer(self):
+        model = meissonic.Transformer.from_pretrained(
+            self.folder / "transformer", self.dtype, "cpu" if self.rounded else self.device, meissonic.Transformer.ADAPTIVE)
+        if self.lora:
+            meissonic.merge_lora(model, self.lora)
+        return model.lean(self.device, self.rounded) if self.rounded else model
+
+    @cached_property
+    def vq(self):                                                  # NOTE the published decoder overflows in float16
+        dtype = torch.float32 if self.dtype == torch.float16 else self.dtype
+        return vq.VQModel.from_pretrained(self.folder / "vqvae", dtype, self.device)
+
+    def release(self, part):
+        """Let go of `encoder`, `transformer` or `vq`; the next use reads it again."""
+        self.__dict__.pop(part, None)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def read_scheduler(self, path, compressed):
         try:
             raw = json.loads(path.read_text())
             known = dict(raw.get("defaults", {}))
@@ -174,9 +198,9 @@ class Pipeline:
         self.convention = raw.get("rate_condition", "step")
         if self.convention not in ("step", "rate", "rate1000"):
             raise vq.CheckpointError(f"{path}: unknown rate_condition {self.convention!r}")
-        if raw.get("mask_token_id", self.transformer.config.mask_token) != self.transformer.config.mask_token:
+        if raw.get("mask_token_id", self.mask_token) != self.mask_token:
             raise vq.CheckpointError(f"{path}: mask_token_id {raw['mask_token_id']} is not the transformer's last token")
-        side = known.get("size", 1024 if self.transformer.config.downsample else 512)
+        side = known.get("size", 1024 if compressed else 512)
         self.size = (side, side)
         self.steps, self.cfg = known.get("steps", 48), known.get("cfg", 9.0)
         self.score_condition = known.get("score_condition", 6.0)
@@ -190,29 +214,71 @@ class Pipeline:
 
     @torch.no_grad()
     def encode_text(self, prompts, width, height, score):
-        """list of str -> meissonic.Text; micro conditions: size in pixels, no crop, score."""
-        hidden, pooled = self.encoder(self.tokenizer(prompts).to(self.device))
+        """list of str -> meissonic.Text, equal prompts encoded once; micro conditions: size in pixels, no crop, score."""
+        where = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+        ids = self.tokenizer(list(where)).to(self.device)
+        hidden, pooled = (torch.cat(parts) for parts in zip(*map(self.encoder, ids.split(64))))
         micro = torch.tensor([[width, height, 0, 0, score]], device=self.device, dtype=torch.float32)
-        return meissonic.Text(hidden, pooled, micro.expand(len(prompts), 5))
+        return meissonic.Text(hidden, pooled, micro.expand(len(where), 5)).rows([where[prompt] for prompt in prompts])
+
+    def paint(self, tokens, text, against, seeds, steps=None, cfg=None, temperature=(2.0, 0.0), schedule="cosine", progress=iter):
+        """meissonic.sample with this model, None its defaults: tokens (B, h, w), mask_token where unknown -> (B, h, w)."""
+        return meissonic.sample(self.transformer, text, against, tokens, seeds, steps or self.steps,
+                                self.cfg if cfg is None else cfg, temperature, schedule, self.convention, progress)
 
     @torch.no_grad()
-    def __call__(self, prompts, seeds, negative="", size=None, steps=None, cfg=None, temperature=(2.0, 0.0),
-                 score=None, progress=iter):
-        """One batch: prompts (list of str) and seeds (list of int), one for each picture; size (width, height)
-        in pixels; None takes the checkpoint's default -> list of PIL images."""
+    def decode(self, tokens):
+        """(B, h, w) -> list of PIL images, made one at a time."""
+        images = [self.vq.decode(one).float().clamp(0, 1) for one in tokens.split(1)]         # (1, 3, H, W) each
+        arrays = [(x[0] * 255).round().byte().permute(1, 2, 0).cpu().numpy() for x in images]
+        return [Image.fromarray(a) for a in arrays]
+
+    def blank(self, number, width, height):
+        """(number, h, w) tokens, all unknown."""
+        return torch.full((number, height // self.tokens_f, width // self.tokens_f), self.mask_token, device=self.device)
+
+    def __call__(self, prompts, seeds, negative="", size=None, score=None, **settings):
+        """One batch: prompts (list of str) and seeds (list of int), one for each picture; size (width, height) in pixels
+        and score, None the checkpoint's defaults; settings of `paint` -> list of PIL images."""
         width, height = size or self.size
         self.check_size(width, height)
-        score = self.score_condition if score is None else score
-        text = self.encode_text(prompts, width, height, score)
-        against = self.encode_text([negative] * len(prompts), width, height, score)
-        h, w = height // self.vq.config.f, width // self.vq.config.f
-        tokens = torch.full((len(prompts), h, w), self.transformer.config.mask_token, device=self.device)
-        tokens = meissonic.sample(self.transformer, text, against, tokens, seeds, steps or self.steps,
-                                  self.cfg if cfg is None else cfg, temperature, convention=self.convention,
-                                  progress=progress)
-        images = self.vq.decode(tokens).float().clamp(0, 1)                                    # (B, 3, H, W)
-        arrays = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        return [Image.fromarray(a) for a in arrays]
+        text = self.encode_text([*prompts, negative], width, height, self.score_condition if score is None else score)
+        against = text.rows([len(prompts)] * len(prompts))
+        return self.decode(self.paint(self.blank(len(prompts), width, height), text.rows(slice(len(prompts))), against, seeds, **settings))
+
+
+class Invented(Pipeline):
+    """The published model's sizes with random weights and random prompts, for --bench."""
+
+    def __init__(self, device, dtype, rounded=None):
+        self.device, self.dtype, self.rounded, self.convention = torch.device(device), dtype, rounded, "step"
+        config = meissonic.Config()
+        self.mask_token, self.tokens_f, self.f = config.mask_token, 16, 32
+        self.size, self.steps, self.cfg, self.score_condition = (1024, 1024), 48, 9.0, 6.0
+
+    def tokenizer(self, prompts):
+        return torch.stack([torch.randint(49408, (77,), generator=torch.Generator().manual_seed(zlib.crc32(p.encode()))) for p in prompts])
+
+    def invent(self, model, dtype, device):
+        with torch.device("meta"):
+            model = model(model.CONFIG())
+        model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+        torch.manual_seed(0)                                       # the same again after a release
+        for p in model.parameters():
+            p.fill_(1) if p.dim() == 1 else p.normal_(std=p[0].numel() ** -0.5)
+        return model
+
+    @cached_property
+    def encoder(self):
+        return self.invent(clip.TextEncoder, self.dtype, self.device)
+
+    @cached_property
+    def transformer(self):
+        return self.invent(meissonic.Transformer, self.dtype, "cpu").lean(self.device, self.rounded)
+
+    @cached_property
+    def vq(self):
+        return self.invent(vq.VQModel, torch.float32 if self.dtype == torch.float16 else self.dtype, self.device)
 
 
 def score_tasks(pipeline, number=100, batch=50, tasks=data.TASKS + ("unseen",), progress=tqdm, **settings):
@@ -281,11 +347,14 @@ def parse_arguments(argv):
                    "meissonic where there is a CUDA GPU and the weights can be had, else shapes)")
     p.add_argument("--lora", type=Path, metavar="FILE", help="low-rank terms, from train.py --lora or in PEFT's layout, to merge")
     p.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one, else cpu)")
-    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
-                   help="of the weights (default: on CUDA bfloat16 from compute capability 8.0, else float16; else float32)")
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16", *ROUNDED),
+                   help="of the weights; int8 and fp8 round those of the transformer's blocks (default: on CUDA bfloat16 from "
+                        "compute capability 8.0, else float16; on a CPU bfloat16 for a large model if the chip multiplies it, else float32)")
     p.add_argument("--batch", type=positive, help="pictures made at a time (default: as many as 4096 tokens hold)")
     p.add_argument("--out", type=Path, default=Path("out"), metavar="PATH",
                    help="a .png file for one picture, else a folder (default: out)")
+    p.add_argument("--bench", action="store_true", help="print what a batch of --n pictures takes, plainly and as it is done; "
+                   "of meissonic's sizes with random weights where those are not cached (--steps 2 is enough on a CPU)")
     p.add_argument("--score", type=positive, nargs="?", const=100, metavar="N",
                    help="print how often pictures of N held-out captions for each task are right (default N: 100); "
                         "for models of the world of shapes")
@@ -306,14 +375,28 @@ def choose_device(name):
     return device, "--device"
 
 
-def choose_dtype(name, device):
-    """--dtype -> (torch.dtype, why)."""
-    if name:
-        return getattr(torch, name), "--dtype"
-    if device.type != "cuda":
-        return torch.float32, f"the default on {device.type}"
-    new = torch.cuda.get_device_capability(device) >= (8, 0)
-    return (torch.bfloat16, "compute capability 8.0 or more") if new else (torch.float16, "compute capability below 8.0")
+def choose_dtype(name, device, model="auto"):
+    """--dtype -> (torch.dtype of the arithmetic, that of the rounded weights or None, why). On a CPU that multiplies
+    bfloat16 large models take it; the small ones here are not faster for it."""
+    if name and name not in ROUNDED:
+        return getattr(torch, name), None, "--dtype"
+    if device.type == "cuda":
+        chip = torch.cuda.get_device_capability(device)
+        if name == "fp8" and chip < (8, 9):
+            raise UserError("--dtype fp8 needs compute capability 8.9 (Ada, Hopper) or more; int8 runs here")
+        dtype, why = (torch.bfloat16, "compute capability 8.0 or more") if chip >= (8, 0) else \
+            (torch.float16, "compute capability below 8.0")
+    elif device.type == "cpu" and model not in ("auto", "shapes") and not Path(model).is_dir() and multiplies_bfloat16():
+        dtype, why = torch.bfloat16, "this CPU multiplies it"
+    else:
+        dtype, why = torch.float32, f"the default on {device.type}"
+    return dtype, ROUNDED.get(name), f"--dtype, in {str(dtype)[6:]}" if name else why
+
+
+def multiplies_bfloat16():
+    """Whether the CPU has instructions for it; where PyTorch cannot tell, no."""
+    able = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def kernel_path(device, dtype):
@@ -374,33 +457,55 @@ def output_paths(out, prompts, seeds):
 
 def run(args):
     device, why_device = choose_device(args.device)
-    dtype, why_dtype = choose_dtype(args.dtype, device)
+    dtype, rounded, why_dtype = choose_dtype(args.dtype, device, args.model)
     if not -2 ** 63 <= args.seed <= 2 ** 63 - args.n:
         raise UserError(f"--seed {args.seed} does not fit 64 bits")
     prompts, seeds = read_prompts(args), range(args.seed, args.seed + args.n)
-    folder, why_model = find_model(args.model, device, dtype)
-    pipeline = Pipeline(folder, device, dtype, args.lora)
+    try:
+        folder, why_model = find_model(args.model, device, dtype)
+        pipeline = Pipeline(folder, device, dtype, args.lora, rounded)
+    except UserError:
+        if not (args.bench and args.model == "meissonic"):
+            raise
+        pipeline, why_model = Invented(device, dtype, rounded), "meissonic's sizes, random weights"
     size = args.size or pipeline.size
     pipeline.check_size(*size)
     print(f"model: {why_model} | device: {device} ({why_device}) | dtype: {args.dtype or str(dtype)[6:]} ({why_dtype}) | "
           f"kernels: {kernel_path(device, dtype)} | seed: {args.seed}")
-    settings = dict(negative=args.negative, size=size, steps=args.steps, cfg=args.cfg,
-                    temperature=tuple(args.temperature), score=args.score_condition)
+    settings = dict(steps=args.steps, cfg=args.cfg, temperature=tuple(args.temperature))
+    if args.bench:
+        from kernels import bench                                   # measures, and is of no use to a picture
+        return bench.picture(pipeline, size, args.n, args.steps or pipeline.steps, pipeline.cfg if args.cfg is None else args.cfg)
     if args.score:
-        for task, share in score_tasks(pipeline, args.score, **settings).items():
+        for task, share in score_tasks(pipeline, args.score, negative=args.negative, size=size, score=args.score_condition, **settings).items():
             print(f"{task:12} {share:.2f}")
         return
-    jobs = output_paths(args.out, prompts, seeds)
-    tokens = size[0] * size[1] // pipeline.vq.config.f ** 2
-    batch = args.batch or max(1, 4096 // tokens)
-    for i in range(0, len(jobs), batch):
-        part = jobs[i:i + batch]
-        bar = lambda steps: tqdm(steps, f"pictures {i + 1} to {i + len(part)} of {len(jobs)}" if len(jobs) > 1 else "steps")
-        pictures = pipeline([p for p, _, _ in part], [s for _, s, _ in part], progress=bar, **settings)
-        for picture, (_, _, path) in zip(pictures, part):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            vq.write_whole(path, lambda beside: picture.save(beside, "PNG"))
-            print(f"wrote {path}")
+    make_pictures(pipeline, output_paths(args.out, prompts, seeds), args.negative, size, args.score_condition, args.batch, settings)
+
+
+def make_pictures(pipeline, jobs, negative, size, score, batch, settings):
+    """Text encoder, transformer and decoder in turn, each for all (prompt, seed, path) of `jobs`, and alone in memory.
+    Interrupted, what is painted by then is still decoded and written."""
+    score = pipeline.score_condition if score is None else score
+    text = pipeline.encode_text([negative, *(prompt for prompt, _, _ in jobs)], *size, score)
+    pipeline.release("encoder")
+    blank = pipeline.blank(len(jobs), *size)
+    batch, painted, stopped = batch or max(1, 4096 // blank[0].numel()), [], False
+    for part in torch.arange(len(jobs)).split(batch):
+        bar = lambda steps: tqdm(steps, f"pictures {part[0] + 1} to {part[-1] + 1} of {len(jobs)}" if len(jobs) > 1 else "steps")
+        try:
+            painted += pipeline.paint(blank[part], text.rows(part + 1), text.rows([0] * len(part)),
+                                      [jobs[i][1] for i in part], progress=bar, **settings).split(1)
+        except KeyboardInterrupt:
+            stopped = True
+            break
+    pipeline.release("transformer")
+    for tokens, (_, _, path) in zip(painted, jobs):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        vq.write_whole(path, lambda beside: pipeline.decode(tokens)[0].save(beside, "PNG"))
+        print(f"wrote {path}")
+    if stopped:
+        raise KeyboardInterrupt
 
 
 def main(argv=None):

@@ -96,9 +96,11 @@ class Pretrained(nn.Module):
         return [each] * (parts - 1) + [rows - each * (parts - 1)]
 
     @classmethod
-    def from_pretrained(cls, folder, dtype=torch.float32, device="cpu"):
+    def from_pretrained(cls, folder, dtype=torch.float32, device="cpu", host=()):
         """Load a checkpoint folder (config.json and weights). Built on the meta device and assigned tensor by
-        tensor, cast on the way, so that no second copy of the model ever exists.
+        tensor, read straight to `device` and cast there, so that no second copy of the model ever exists; where files
+        and model agree in dtype, the CPU's tensors are the mapped files themselves. Tensors whose names contain one
+        of `host` stay on the CPU. With device "meta" all is checked and nothing read.
         Raises CheckpointError, naming what is missing, extra, misshaped or unreadable."""
         folder = Path(folder)
         if not (folder / "config.json").is_file():
@@ -109,21 +111,21 @@ class Pretrained(nn.Module):
                 model = cls(config)
         except (TypeError, ValueError, ZeroDivisionError, RuntimeError) as e:       # widths that do not divide, and the like
             raise CheckpointError(f"{folder / 'config.json'}: no model can be built from it ({e})") from None
-        model.load_tensors(weight_files(folder, cls.STEM, dtype if cls.TWIN else torch.float32), dtype, device)
+        model.load_tensors(weight_files(folder, cls.STEM, dtype if cls.TWIN else torch.float32), dtype, device, host)
         return model.eval().requires_grad_(False)
 
-    def load_tensors(self, files, dtype, device):
+    def load_tensors(self, files, dtype, device, host=()):
         """Assign every parameter from safetensors files; see from_pretrained."""
-        stored, opened = {}, []                                        # published name -> (open file, stored name)
+        stored, device = {}, str(device)                               # published name -> (open files, stored name)
         for path in files:
             try:
-                opened.append(safe_open(path, framework="pt", device=str(device)))
+                opened = {d: safe_open(path, framework="pt", device=d) for d in {"cpu", device} - {"meta"}}
             except (SafetensorError, OSError) as e:
                 raise CheckpointError(f"{path}: not a whole safetensors file ({e})") from None
-            for raw in opened[-1].keys():
+            for raw in opened["cpu"].keys():
                 name = raw.removeprefix("_orig_mod.")                  # saved from a compiled model
                 if not name.startswith(self.DROPPED):
-                    stored[name] = (opened[-1], raw)
+                    stored[name] = (opened, raw)
         table, mine = self.published(), self.state_dict()
         wanted = {p for parts in table.values() for p in parts}
         where = Path(files[0]).parent
@@ -134,15 +136,14 @@ class Pretrained(nn.Module):
         for name, parts in table.items():
             want = [(size, *mine[name].shape[1:]) for size in self.split_sizes(name, len(parts))] \
                 if len(parts) > 1 else [tuple(mine[name].shape)]
-            tensors = []
             for part, shape in zip(parts, want):
-                file, raw = stored[part]
-                tensor = file.get_tensor(raw)
-                if tuple(tensor.shape) != shape:
-                    raise CheckpointError(f"{where}: {part} has shape {tuple(tensor.shape)}, expected {shape}")
-                tensors.append(tensor.to(dtype))
-            whole = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-            self.load_state_dict({name: whole}, strict=False, assign=True)
+                opened, raw = stored[part]
+                if (found := tuple(opened["cpu"].get_slice(raw).get_shape())) != shape:
+                    raise CheckpointError(f"{where}: {part} has shape {found}, expected {shape}")
+        for name, parts in table.items() if device != "meta" else ():
+            where = "cpu" if any(h in name for h in host) else device
+            tensors = [opened[where].get_tensor(raw).to(dtype) for opened, raw in (stored[part] for part in parts)]
+            self.load_state_dict({name: torch.cat(tensors) if len(tensors) > 1 else tensors[0]}, strict=False, assign=True)
 
     def save_pretrained(self, folder, dtype=None):
         """Write config.json and the weights under their published names, each file whole or not at all."""
@@ -227,6 +228,42 @@ class Config(JsonConfig):
         return 2 ** (len(self.block_out_channels) - 1)
 
 
+def norm_silu_conv(norm, conv, x):
+    """conv(silu(norm(x))), a group norm and a 3x3 convolution. The norm's mean and spread are those of the whole map."""
+    if not large(x):
+        return conv(F.silu(norm(x)))
+    var, mean = torch.var_mean(x.unflatten(1, (norm.num_groups, -1)), (2, 3, 4), correction=0)     # (B, groups)
+    apart = lambda y: y.float().repeat_interleave(x.shape[1] // norm.num_groups, 1)[..., None, None]        # (B, c, 1, 1)
+    scale = apart((var.float() + norm.eps).rsqrt()) * norm.weight.float()[:, None, None]
+    shift = norm.bias.float()[:, None, None] - apart(mean) * scale
+    return in_strips(lambda y: conv(F.silu(torch.addcmul(shift, y.float(), scale), inplace=True).to(x.dtype)), x)
+
+
+STRIP = 2 ** 24                                               # numbers of a map that are worked on at a time
+
+
+def large(x):
+    """Whether a map (B, c, H, W) is gone through in strips: at 1024 pixels each of the published decoder's last maps
+    has 2 ** 28 numbers, and the norm, its activation and the convolution would each hold one more."""
+    return x.numel() > STRIP and not torch.is_grad_enabled()
+
+
+def in_strips(function, x):
+    """function(x), a convolution of 3 rows at most whose borders are zeros, some rows at a time: a row of
+    neighbours on each side is taken along, and what it gives is thrown away."""
+    height, whole = x.shape[2], None
+    rows = max(1, STRIP * height // x.numel())
+    for top in range(0, height, rows):
+        first, last = max(top - 1, 0), min(top + rows + 1, height)
+        y = function(x[:, :, first:last])
+        times = y.shape[2] // (last - first)                                                       # 2 where it enlarges
+        y = y[:, :, (top - first) * times:(min(top + rows, height) - first) * times]
+        if whole is None:
+            whole = y.new_empty(*y.shape[:2], height * times, y.shape[3])
+        whole[:, :, top * times:top * times + y.shape[2]] = y
+    return whole
+
+
 class ResnetBlock(nn.Module):
     def __init__(self, c_in, c_out, groups):
         super().__init__()
@@ -238,8 +275,8 @@ class ResnetBlock(nn.Module):
             self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x):                                     # (B, c_in, H, W) -> (B, c_out, H, W)
-        y = self.conv1(F.silu(self.norm1(x)))
-        y = self.conv2(F.silu(self.norm2(y)))
+        y = norm_silu_conv(self.norm1, self.conv1, x)
+        y = norm_silu_conv(self.norm2, self.conv2, y)
         return y + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
 
 
@@ -251,7 +288,10 @@ class Resample(nn.Module):
         self.conv = nn.Conv2d(c, c, 3, stride=2) if down else nn.Conv2d(c, c, 3, padding=1)
 
     def forward(self, x):                                     # (B, c, H, W) -> (B, c, H/2, W/2) or (B, c, 2H, 2W)
-        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.down else F.interpolate(x, scale_factor=2.0))
+        if self.down:
+            return self.conv(F.pad(x, (0, 1, 0, 1)))
+        double = lambda x: self.conv(F.interpolate(x, scale_factor=2.0))
+        return in_strips(double, x) if large(x) else double(x)
 
 
 class Level(nn.Module):
@@ -285,7 +325,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for level in self.down_blocks:
             x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+        return norm_silu_conv(self.conv_norm_out, self.conv_out, self.mid_block(x))
 
 
 class Decoder(nn.Module):
@@ -304,7 +344,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(x))
         for level in self.up_blocks:
             x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return norm_silu_conv(self.conv_norm_out, self.conv_out, x)
 
 
 class Quantizer(nn.Module):

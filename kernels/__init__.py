@@ -9,8 +9,9 @@ import os
 import torch
 
 from kernels._triton import capability, interpreted, triton
-from kernels.attention import attention_plain, attention_triton
+from kernels.attention import attention_by_head, attention_plain, attention_triton
 from kernels.cross_entropy import linear_cross_entropy_plain, linear_cross_entropy_triton
+from kernels.linear8 import linear8_plain, linear8_triton, round8
 from kernels.modulate import (norm_modulate_plain, norm_modulate_triton, residual_norm_modulate_plain,
                               residual_norm_modulate_triton)
 from kernels.sampling import (confidence_noise, remask, sample_from_head_plain, sample_from_head_triton,
@@ -67,8 +68,13 @@ def attention(text, image, text_norms, image_norms, cos, sin):
     cos, sin (N, D/2) float32                     rotation of the image rows
     -> (B, L + N, H * D), text rows first, in the dtype of `image`
     """
-    normed = image_norms[0] is not None
-    function = attention_triton if normed and choose(image.device, image.dtype)[0] else attention_plain
+    chosen, why = choose(image.device, image.dtype)
+    if chosen and image_norms[0] is not None:
+        function = attention_triton
+    elif why == "cpu" and image.dtype == torch.bfloat16 and image.shape[1] >= 512 and not torch.is_grad_enabled():
+        function = attention_by_head
+    else:
+        function = attention_plain
     return function(text, image, text_norms, image_norms, cos, sin)
 
 
@@ -129,3 +135,17 @@ def linear_cross_entropy(hidden, weight, targets):
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     function = linear_cross_entropy_triton if choose(hidden.device, hidden.dtype)[0] else linear_cross_entropy_plain
     return function(hidden, weight, targets)
+
+
+def linear8(x, weight, scale, bias=None):
+    """x @ (weight * scale).T + bias with both factors in 8 bits; see kernels/linear8.py.
+
+    x (..., K)                        rounded here, a scale for each row
+    weight (N, K)                     int8 or float8_e4m3fn, of `round8`, contiguous
+    scale (N, 1) float32              of its rows
+    bias (N,)                         or None
+    -> (..., N) in the dtype of x; forward only
+    """
+    chosen = choose(x.device, x.dtype)[0] and (interpreted() or capability(x.device) >= (8, 0))    # 7.5: the library's product
+    function = linear8_triton if chosen else linear8_plain
+    return function(x, weight, scale, bias)

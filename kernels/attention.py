@@ -49,6 +49,18 @@ def attention_plain(text, image, text_norms, image_norms, cos, sin):
     return library_attention(*joint_qkv_plain(text, image, text_norms, image_norms, cos, sin))
 
 
+def attention_by_head(text, image, text_norms, image_norms, cos, sin):
+    """On a CPU, bfloat16, forward only: two matrix products and a softmax for each head. They run at the speed of the
+    linear layers, which the library's flash kernel does not reach there (2.2x at 1101 rows of 128)."""
+    q, k, v = joint_qkv_plain(text, image, text_norms, image_norms, cos, sin)            # (B, S, H, D) each
+    out = torch.empty_like(v, memory_format=torch.contiguous_format)
+    for b in range(q.shape[0]):
+        for h in range(q.shape[2]):
+            p = (q[b, :, h] * q.shape[-1] ** -0.5 @ k[b, :, h].t()).softmax(-1)          # (S, S)
+            torch.mm(p, v[b, :, h], out=out[b, :, h])
+    return out.flatten(2)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # In one pass, forward only
 

@@ -9,17 +9,22 @@ Rates count the least bytes or products that the task needs, and stand beside wh
 product reach on the same chip in the same run. On the CPU only the plain paths run, at small sizes.
 """
 import argparse
+import os
 import statistics
 import time
 from dataclasses import dataclass
 from typing import Callable
+from unittest import mock
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
+import meissonic
 from kernels._triton import triton
 from kernels.attention import attention_fused, attention_plain, library_attention
 from kernels.cross_entropy import linear_cross_entropy_plain, linear_cross_entropy_triton
+from kernels.linear8 import linear8_plain, linear8_triton
 from kernels.modulate import residual_norm_modulate_plain, residual_norm_modulate_triton
 from kernels.qkv import joint_qkv_plain, joint_qkv_triton
 from kernels.sampling import sample_from_head_plain, sample_from_head_triton, sample_masked_plain, sample_masked_triton
@@ -94,6 +99,15 @@ def modulate_case(B, S, C):
                 {"kernel": residual_norm_modulate_triton}, {}, (4 * 2 * B * S * C, None))
 
 
+def linear8_case(M, K, N, kind):
+    def inputs(device, dtype):
+        weight, scale = kernels.round8(torch.randn(N, K, device=device), kind)
+        return torch.randn(M, K, device=device, dtype=dtype), weight, scale, torch.randn(N, device=device, dtype=dtype)
+    whole = lambda x, weight, scale, bias: torch.nn.functional.linear(x, weight.to(x.dtype), bias)      # and its cast
+    return Case(f"linear {str(kind)[6:]} {M} x {K} x {N}", inputs, linear8_plain, {"kernel": linear8_triton},
+                {"in 16 bits": whole}, (None, 2 * M * K * N))
+
+
 def cross_entropy_case(M, C, V):
     def inputs(device, dtype):
         hidden, weight = (torch.randn(n, C, device=device, dtype=dtype) for n in (M, V))
@@ -106,11 +120,12 @@ def cases(cuda):
     if not cuda:
         return [attention_case(1, 7, 64, 2, 32), attention_case(1, 7, 64, 2, 32, True), qkv_case(1, 7, 64, 2, 32),
                 sampling_case(64, 1024), head_case(64, 64, 1024), modulate_case(1, 64, 128),
-                cross_entropy_case(64, 64, 1024)]
+                linear8_case(64, 64, 128, torch.int8), cross_entropy_case(64, 64, 1024)]
     return [*(attention_case(2, 77, n, 8, 128) for n in (256, 1024, 4096)), attention_case(2, 77, 1024, 8, 128, True),
             *(qkv_case(2, 77, n, 8, 128) for n in (1024, 4096)),
             *(sampling_case(4096 * share // 100, 8192) for share in (100, 50, 5)),
             *(head_case(m, 1024, 8192) for m in (1024, 16384)), modulate_case(2, 4173, 1024),
+            *(linear8_case(2202, 1024, 7168, kind) for kind in (torch.int8, torch.float8_e4m3fn)),
             cross_entropy_case(16384, 1024, 8192)]
 
 
@@ -210,6 +225,120 @@ def report(case, device, dtype, ceiling):
         share = f"{rate * (1e9 if unit == 'GB/s' else 1e12) / top:.0%}" if cuda else "-"
         memory = f"{peak_memory(function, sets[0]) / 2 ** 20:.0f}" if cuda else "-"
         print(f"| {case.name} | {label} | {t * 1e6:.1f} | {rate:.3g} {unit} | {share} | {memory} |", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# A whole picture: `python sample.py --bench`
+
+
+def picture(pipeline, size, number, steps, guidance):
+    """Print what a batch of pictures takes on the plain path (MEISSONIC_KERNELS=plain, meissonic.plain_path, all models in
+    memory, nothing in 8 bits) and as sample.py does it, in one run, and how far the two agree."""
+    rounded, cuda, dtype = pipeline.rounded, pipeline.device.type == "cuda", pipeline.dtype
+    prompts = [f"picture {i}" for i in range(number)]
+    flops = step_flops(pipeline, size, guidance) * number
+    top = ceilings(pipeline.device, dtype)[1] if cuda else product_rate(pipeline.device, dtype, 2048)
+    print(f"{size[0]}x{size[1]}, batch {number}, {steps} steps, guidance {guidance}: {flops / 1e12:.3g} TFLOP for a step; a large "
+          f"matrix product reaches {top / 1e12:.3g} TFLOP/s in {str(dtype)[6:]}")
+    print(f"{'path':6} {'text s':>8} {'loop s':>8} {'decode s':>9} {'ms/step':>9} {'warm-up s':>10} {'peak GB':>8} {'TFLOP/s':>8} {'of product':>11}")
+    looks, loops = {}, {}
+    for name in ("plain", "fast"):
+        with mock.patch.dict(os.environ, {"MEISSONIC_KERNELS": "plain"} if name == "plain" else {}):
+            pipeline.release("transformer")
+            pipeline.rounded = rounded if name == "fast" else None
+            peak_memory_reset(cuda)
+            if name == "plain":
+                pipeline.transformer, pipeline.vq                         # all three in memory, as in the official code
+            start = now(cuda)
+            text = pipeline.encode_text([*prompts, ""], *size, pipeline.score_condition)
+            text, against = text.rows(slice(number)), text.rows([number] * number)
+            times = [now(cuda) - start]
+            if name == "fast":
+                pipeline.release("encoder")
+                pipeline.release("vq")
+            blank, model, seeds = pipeline.blank(number, *size), pipeline.transformer, list(range(number))
+            run = lambda steps: meissonic.sample(model, text, against, blank, seeds, steps, guidance,
+                                                 convention=pipeline.convention, plain=name == "plain")
+            start = now(cuda)
+            run(1)                                                        # compiles, captures
+            first, start = now(cuda) - start, now(cuda)
+            tokens = run(steps)
+            times.append(now(cuda) - start)
+            looks[name] = agreement_inputs(model, text, against, tokens, guidance, plain=name == "plain")
+            del model, run
+            if name == "fast":
+                pipeline.release("transformer")
+            start = now(cuda)
+            pipeline.decode(tokens)
+            times.append(now(cuda) - start)
+            loops[name] = times[1]
+            print(f"{name:6} {times[0]:>8.3f} {times[1]:>8.3f} {times[2]:>9.3f} {1e3 * times[1] / steps:>9.1f} "
+                  f"{max(0, first - times[1] / steps):>10.3f} {peak_memory_read(cuda):>8} {flops * steps / times[1] / 1e12:>8.3g} "
+                  f"{flops * steps / times[1] / top:>11.1%}", flush=True)
+    (a, drawn), (b, again) = looks.values()
+    print(f"fast against plain: {loops['plain'] / loops['fast']:.2f}x in the loop; for the same half-masked picture logits differ by "
+          f"{(a - b).abs().max():.2g} at most, {(a - b).square().mean().sqrt() / a.std():.2g} of their spread on average, "
+          f"and {(drawn == again).float().mean():.2%} of the tokens drawn are the same")
+
+
+def agreement_inputs(model, text, against, tokens, guidance, plain):
+    """Logits (B, M, V) and draws (B, M) of one step at every second position, on the path given."""
+    B, count = len(tokens), tokens[0].numel()
+    positions = torch.arange(0, count, 2, device=tokens.device).expand(B, -1)
+    known = torch.arange(count, device=tokens.device).expand(B, -1) * 7 % model.config.codebook_size      # the same on both paths
+    masked = known.scatter(1, positions, model.config.mask_token).view(tokens.shape)
+    with torch.no_grad():
+        x = (meissonic.plain_path if plain else meissonic.fast_path)(model, text, against, [0.5], guidance)(0, masked, positions)
+        logits = x if plain else x @ model.mlm_layer.conv2.weight.flatten(1).t()
+        drawn, _ = kernels.sample_masked(logits, positions, torch.arange(B, device=tokens.device), 0)
+    return logits.float().cpu(), drawn.cpu()
+
+
+def step_flops(pipeline, size, guidance):
+    """Floating-point operations of one picture's step as the SPEC counts them: both passes through the blocks and the head
+    at all positions, by PyTorch's count, on tensors without storage. Adaptive norms are left out: once for a picture."""
+    config = pipeline.transformer.config
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        model = meissonic.Transformer(config)
+        norms = {norm: torch.zeros(1, norm.parts * config.width) for norm in model.norms()}
+        tokens = torch.zeros(1, size[1] // pipeline.tokens_f, size[0] // pipeline.tokens_f, dtype=torch.int64)
+        with mock.patch.dict(os.environ, {"MEISSONIC_KERNELS": "plain"}), \
+                mock.patch.object(meissonic, "rope_table", lambda h, w, axes, device: torch.zeros(2, h * w, sum(axes) // 2).unbind(0)):
+            model.head(model.run(tokens, torch.zeros(1, pipeline.tokenizer([""]).shape[1], config.width), norms))
+    return counter.get_total_flops() * (1 if guidance == 1 else 2)
+
+
+def product_rate(device, dtype, n):
+    a = torch.randn(n, n, device=device).to(dtype)
+    return 2 * n ** 3 / seconds(lambda: a @ a, [()], device.type == "cuda")
+
+
+def now(cuda):
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_memory_reset(cuda):
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    elif os.path.exists("/proc/self/clear_refs"):
+        with open("/proc/self/clear_refs", "w") as file:                  # Linux: the peak counts from here
+            file.write("5")
+
+
+def peak_memory_read(cuda):
+    """GB at most since the reset: reserved on a GPU, resident on a CPU."""
+    if cuda:
+        return f"{torch.cuda.max_memory_reserved() / 1e9:.2f}"
+    if not os.path.exists("/proc/self/status"):
+        return "-"
+    with open("/proc/self/status") as file:
+        return next(f"{int(line.split()[1]) * 1024 / 1e9:.2f}" for line in file if line.startswith("VmHWM"))
+
+
+# ---------------------------------------------------------------------------------------------------------
 
 
 def main():

@@ -16,12 +16,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 SHARED_KB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-FLOATS = {"cos", "sin", "logp", "kept", "dw", "shares", "losses", "lse", "dlosses"}      # pointers to float32
+FLOATS = {"cos", "sin", "logp", "kept", "dw", "shares", "losses", "lse", "dlosses", "x_scale", "w_scale"}      # pointers to float32
 LONGS = {"positions", "seeds", "tokens", "targets"}                                      # pointers to int64
 WEIGHTS = {"text_wq", "text_wk", "image_wq", "image_wk"}                                 # float32 beside half activations
 NUMBERS = {"eps", "scale", "guidance", "inverse_temperature"}                            # float32 scalars
-INTEGERS = {"L", "N", "H", "D", "S", "C", "V", "M", "rows", "step", "STEPS"}
-EVEN = {"H", "D", "C", "V"}                                                              # multiples of 16, as strides
+INTEGERS = {"L", "N", "H", "D", "S", "C", "V", "M", "K", "rows", "step", "STEPS"}
+EVEN = {"H", "D", "C", "V", "K"}                                                              # multiples of 16, as strides
 
 
 def kind(name, kernel, dtype):
@@ -32,6 +32,9 @@ def kind(name, kernel, dtype):
         return "*i64"
     if name in NUMBERS and not (name == "scale" and "modulate" in kernel.__name__):
         return "fp32"
+    dtype, _, eight = dtype.partition(" ")
+    if name in ("x8", "w8"):
+        return f"*{eight}"
     return "i32" if name in INTEGERS or re.search(r"_[bmrphv]$", name) else f"*{dtype}"
 
 
@@ -60,8 +63,8 @@ def resources(compiled):
 
 def cases(chip):
     """(kernel, dtype, constants and options) of everything that runs on the chip, with its own block sizes."""
-    attention, qkv, sampling, modulate, cross_entropy = (importlib.import_module(f"kernels.{name}") for name in (
-        "attention", "qkv", "sampling", "modulate", "cross_entropy"))
+    attention, qkv, sampling, modulate, cross_entropy, linear8 = (importlib.import_module(f"kernels.{name}") for name in (
+        "attention", "qkv", "sampling", "modulate", "cross_entropy", "linear8"))
     version = chip // 10, chip % 10
     halves = ("fp16",) if chip < 80 else ("bf16",)
     sample = dict(GUIDED=True, GROUPS=16, GROUP=128, GROUP_NOISE=0, CODE_NOISE=1)
@@ -74,6 +77,11 @@ def cases(chip):
         yield modulate.modulate_backward_kernel, dtype, dict(residual, **modulate.backward_tile(1024))
         yield cross_entropy.loss_kernel, dtype, dict(BLOCK=cross_entropy.block())
         yield cross_entropy.gradient_kernel, dtype, dict(BLOCK=cross_entropy.block())
+    for eight in ("i8", "fp8e4nv") if chip >= 89 else ("i8",) if chip >= 80 else ():
+        dtype, whole = f"{halves[0]} {eight}", eight == "i8"
+        yield linear8.round8_kernel, dtype, dict(TOP=127.0 if whole else 448.0, ROUND=whole, KP=8192)
+        for rows in (2202, 48, 8):
+            yield linear8.linear8_kernel, dtype, dict(BIAS=True, SUM=linear8.tl.int32 if whole else linear8.tl.float32, **linear8.tile(rows))
     yield sampling.head_draw_kernel, "fp32", dict(GROUP=128, CODE_NOISE=1, num_warps=1)
     if chip >= 80:
         yield attention.attention_kernel, halves[0], dict(DP=128, **attention.attention_config(version))

@@ -17,7 +17,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 import kernels                                                        # noqa: E402  after the check above
 
 attention, sampling = (importlib.import_module(f"kernels.{name}") for name in ("attention", "sampling"))
-qkv, modulate, cross_entropy = (importlib.import_module(f"kernels.{name}") for name in ("qkv", "modulate", "cross_entropy"))
+qkv, modulate, cross_entropy, linear8 = (importlib.import_module(f"kernels.{name}") for name in (
+    "qkv", "modulate", "cross_entropy", "linear8"))
 
 torch.use_deterministic_algorithms(True)                              # fills torch.empty with NaN
 few = settings(max_examples=6, deadline=None, derandomize=True)
@@ -268,3 +269,27 @@ def test_plain_when_told(spies, monkeypatch):
     monkeypatch.setenv("MEISSONIC_KERNELS", "plain")
     kernels.attention(*attention_inputs(1, 2, 3, 1, 16, torch.float32, "two", 1.0, 0))
     assert spies() == set() and kernels.path("cpu") == "plain (MEISSONIC_KERNELS=plain)"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# 8 bits
+
+
+@few
+@given(M=st.sampled_from([1, 7, 33]), K=st.sampled_from([8, 40, 96]), N=st.sampled_from([16, 37]), dtype=DTYPES,
+       kind=st.sampled_from([torch.int8, torch.float8_e4m3fn]), scale=SCALES, biased=st.booleans(), seed=SEEDS)
+def test_linear8(M, K, N, dtype, kind, scale, biased, seed):
+    """Rounds as the plain function does, to the bit, and multiplies what is rounded exactly; rows may lie apart."""
+    torch.manual_seed(seed)
+    x = (torch.randn(2, M, K + 3) * scale).to(dtype)[..., :K]
+    x[0, 0] = 0
+    if kind == torch.float8_e4m3fn:                       # numbers that are float8 already: the interpreter rounds 127 to 64
+        x = (x / scale * 100).clamp(-448, 448).to(kind).to(dtype)
+        x[..., 0] = 448
+    weight, w_scale = kernels.round8(torch.randn(N, K), kind)
+    bias = torch.randn(N).to(dtype) if biased else None
+    y = kernels.linear8(x, weight, w_scale, bias)
+    plain = linear8.linear8_plain(x, weight, w_scale, bias)
+    rows, x_scale = kernels.round8(x, kind)
+    exact = rows.double() @ weight.double().t() * x_scale.double() * w_scale.double().t() + (bias.double() if biased else 0)
+    close(y, plain, exact, "y")

@@ -255,7 +255,7 @@ def test_a_size_that_does_not_fit_names_one_that_does(cli):
 
 @pytest.mark.parametrize("option, value", (
     ("--steps", "0"), ("--steps", "-3"), ("--steps", "1.5"), ("--steps", "many"), ("--n", "0"), ("--batch", "0"), ("--cfg", "nan"),
-    ("--cfg", "high"), ("--dtype", "int8"), ("--seed", "1.5"), ("--score-condition", "inf"), ("--score", "0"),
+    ("--cfg", "high"), ("--dtype", "int4"), ("--seed", "1.5"), ("--score-condition", "inf"), ("--score", "0"),
     ("--speed", "3")))
 def test_values_that_make_no_sense(cli, option, value):
     assert_refused(cli, ["--prompt", "x", *SMALL, f"{option}={value}"], option)
