@@ -47,8 +47,3 @@ def random_text(generator, batch, model):
     draw = lambda *shape: torch.randn(*shape, generator=generator)
     return meissonic.Text(draw(batch, 5, c.joint_attention_dim), draw(batch, c.pooled_projection_dim),
                           torch.tensor([64.0, 64, 0, 0, 6]).expand(batch, 5))
-
-
-def rows(text, index):
-    """The conditions of the pictures `index` of a batch."""
-    return meissonic.Text(text.hidden[index], text.pooled[index], text.micro_conds[index])

@@ -5,7 +5,7 @@ from functools import lru_cache
 import numpy as np
 import pytest
 import torch
-from common import GOLDEN, random_text, rows, tiny_transformer
+from common import GOLDEN, random_text, tiny_transformer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -206,12 +206,12 @@ def test_sampling_fills_in_the_mask_alone(seed, h, w, draw):
     schedule, convention = draw.draw(SCHEDULE), draw.draw(st.sampled_from(("step", "rate", "rate1000")))
     tokens = masked_grid(seed, 2, 2 * h, 2 * w, unknown, model)
     start, mask, seen = tokens.clone(), model.config.mask_token, []
-    features = model.features
-    model.features = lambda t, *rest: (seen.append((t == mask).flatten(1).sum(1).tolist()), features(t, *rest))[1]
+    run = model.run
+    model.run = lambda t, *rest: (seen.append((t == mask).flatten(1).sum(1).tolist()), run(t, *rest))[1]
     try:
         out = draw_pictures(model, tokens, [seed, seed + 1], steps=steps, schedule=schedule, convention=convention)
     finally:
-        del model.features
+        del model.run
     assert torch.equal(tokens, start)                                             # the caller's tokens are untouched
     assert torch.equal(out[start != mask], start[start != mask])
     assert (out >= 0).all() and (out < model.config.codebook_size).all()
@@ -264,7 +264,7 @@ def test_neighbours_do_not_matter(seed, batch, draw):
     replaced = run(mixed(text), mixed(negative), torch.where(torch.arange(batch) == alone, seeds, seeds + 1))
     assert torch.equal(whole[alone], replaced[alone]) and not torch.equal(whole, replaced)
     order = torch.tensor(draw.draw(st.permutations(range(batch))))
-    assert torch.equal(run(rows(text, order), rows(negative, order), seeds[order]), whole[order])
+    assert torch.equal(run(text.rows(order), negative.rows(order), seeds[order]), whole[order])
 
 
 @pytest.mark.parametrize("temperature", ((2.0, 0.0), (0.5, 4.0)))
@@ -310,13 +310,17 @@ def full_logits(model, tokens, positions, text, time):
     return logits.gather(1, positions[..., None].expand(-1, -1, logits.shape[-1]))
 
 
+def guided_logits(model, tokens, positions, text, negative, time, scale):
+    return model.mlm_layer.conv2(meissonic.fast_path(model, text, negative, [time], scale)(0, tokens, positions))
+
+
 @given(SEED, st.floats(-2, 12), st.sampled_from((0.0, 0.5, 7.0)))
 def test_guidance(seed, scale, time):
     """u + g (c - u) of the logits of two separate passes; the code forms it before the last projection."""
     model = model_of()
     tokens, positions, text, negative = guidance_inputs(seed, model)
     c, u = (full_logits(model, tokens, positions, t, time) for t in (text, negative))
-    guided = model.mlm_layer.conv2(meissonic.guided(model, tokens, positions, text, negative, time, scale))
+    guided = guided_logits(model, tokens, positions, text, negative, time, scale)
     torch.testing.assert_close(guided, u + scale * (c - u), rtol=1e-4, atol=2e-4)
     assert not torch.allclose(c, u, atol=1e-2)
 
@@ -325,9 +329,9 @@ def test_guidance(seed, scale, time):
 def test_guidance_one_is_the_conditional_pass(seed):
     model = model_of()
     tokens, positions, text, negative = guidance_inputs(seed, model)
-    guided = model.mlm_layer.conv2(meissonic.guided(model, tokens, positions, text, negative, 3.0, 1.0))
+    guided = guided_logits(model, tokens, positions, text, negative, 3.0, 1.0)
     torch.testing.assert_close(guided, full_logits(model, tokens, positions, text, 3.0), rtol=1e-4, atol=1e-4)
-    near = model.mlm_layer.conv2(meissonic.guided(model, tokens, positions, text, negative, 3.0, 1.0 + 1e-6))
+    near = guided_logits(model, tokens, positions, text, negative, 3.0, 1.0 + 1e-6)
     torch.testing.assert_close(guided, near, rtol=1e-3, atol=1e-3)                # nothing jumps at 1
 
 
