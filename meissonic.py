@@ -450,7 +450,7 @@ def guided(model, tokens, positions, text, negative, time, guidance):
 
 @torch.no_grad()
 def sample(model, text, negative, tokens, seeds, steps, guidance=9.0, temperature=(2.0, 0.0), schedule="cosine",
-           convention="step", progress=iter):
+           convention="step", progress=iter, watch=None):
     """Fill in the masked tokens.
 
     tokens (B, h, w) int64     config.mask_token where unknown, the same number in each picture of the batch;
@@ -458,6 +458,8 @@ def sample(model, text, negative, tokens, seeds, steps, guidance=9.0, temperatur
     seeds (B,) ints            one for each picture: it depends on its own seed and text alone
     temperature                of the Gumbel noise on the confidences, from the first step to the last
     progress                   wraps the range of steps, e.g. tqdm
+    watch                      called as watch(i, believed (B, h, w), masked (B, h, w) bool) for i = 0 ... steps: what
+                               was unknown before step i, and the picture with a draw for it; at the end nothing is
     -> (B, h, w) int64
     """
     shape, flat = tokens.shape, tokens.flatten(1).clone()                                          # (B, h w)
@@ -470,13 +472,43 @@ def sample(model, text, negative, tokens, seeds, steps, guidance=9.0, temperatur
     weight = model.mlm_layer.conv2.weight.flatten(1)                                               # (V, C)
     for i in progress(range(steps)):
         if positions.shape[1] == 0:                                          # more steps than tokens
+            if watch:
+                watch(i, flat.view(shape), torch.zeros_like(unknown).view(shape))
             continue
         time = timestep(convention, i, steps, positions.shape[1], flat.shape[1])
         x = guided(model, flat.view(shape), positions, text, negative, time, guidance)             # (B, M, C)
         drawn, logp = kernels.sample_from_head(x, weight, positions, seeds, i)                     # (B, M) twice
         heat = temperature[0] + (temperature[1] - temperature[0]) * i / max(steps - 1, 1)
         noise = kernels.confidence_noise(seeds, i, positions)
+        unknown = flat == model.config.mask_token
         flat.scatter_(1, positions, drawn)
+        if watch:
+            watch(i, flat.view(shape).clone(), unknown.view(shape))
         positions = kernels.remask(positions, logp, noise, heat, counts[i])                        # (B, counts[i])
         flat.scatter_(1, positions, model.config.mask_token)
+    if watch:
+        watch(steps, flat.view(shape), torch.zeros_like(unknown).view(shape))
     return flat.view(shape)
+
+
+@torch.no_grad()
+def opinion_change(model, tokens, old, new, convention="step", rates=(0.95, 0.85, 0.7), repeats=4):
+    """How much less likely each token of a picture becomes when the caption `old` (Text) gives way to `new`: the mean
+    of log p(token | visible, old) - log p(token | visible, new), in nats, over random maskings of several rates.
+    Where most is masked the captions speak, where less is the neighbours do, so that rates are high.
+    tokens (B, h, w) int64, all known -> (B, h, w) float32, smoothed over 3 x 3 tokens."""
+    flat, generator = tokens.flatten(1), torch.Generator().manual_seed(0)                          # (B, h w)
+    change, seen = torch.zeros(flat.shape, device=flat.device), torch.zeros(flat.shape, device=flat.device)
+    weight = model.mlm_layer.conv2.weight.flatten(1)                                               # (V, C)
+    for rate in rates * repeats:
+        number = max(1, round(rate * flat.shape[1]))
+        positions = torch.randperm(flat.shape[1], generator=generator)[:number].to(flat.device).expand(len(flat), -1)
+        hidden = flat.scatter(1, positions, model.config.mask_token).view(tokens.shape)
+        step = min(round(48 * 2 / math.pi * math.acos(rate)), 47)                   # of 48 the one that meets this rate
+        time, known = timestep(convention, step, 48, number, flat.shape[1]), flat.gather(1, positions)[..., None]
+        for text, sign in ((old, 1), (new, -1)):
+            logits = F.linear(guided(model, hidden, positions, text, None, time, 1), weight).float()       # (B, M, V)
+            change.scatter_add_(1, positions, sign * logits.log_softmax(-1).gather(-1, known)[..., 0])
+        seen.scatter_add_(1, positions, torch.ones_like(change[:, :number]))
+    change = (change / seen.clamp(min=1)).view(tokens.shape)
+    return F.avg_pool2d(change[:, None], 3, 1, 1, count_include_pad=False)[:, 0]
