@@ -37,6 +37,7 @@ HUB = dict(meissonic="MeissonFlow/Meissonic", monetico="Collov-Labs/Monetico")
 DEFAULT_PROMPT = "a red circle above a blue square on a white background"
 PARTS = ("transformer", "vqvae", "text_encoder")
 MOST_TOKENS = 4096                                # of a batch, and of an edit unless --size says otherwise
+SHARE = 0.4                                       # of the tokens that mask-free editing draws anew
 
 
 class UserError(Exception):
@@ -263,19 +264,19 @@ def score_edits(pipeline, number=20, strength=None, progress=tqdm, **settings):
     """For each kind of edit of the world of shapes, on `number` true pictures, mask-free and plain image to image at
     the same strength -> {kind: ((shows, kept), (shows, kept))}: the share of pictures that show what the new caption
     says, and the share of pixels that the edit does not concern whose colour is still the same."""
-    table, size = {}, settings.pop("size", None) or pipeline.size
-    steps = settings.pop("steps", None) or pipeline.steps
+    table, side = {}, min(settings.pop("size", None) or pipeline.size)
+    steps, size = settings.pop("steps", None) or pipeline.steps, (side, side)
     for kind in progress(data.EDITS):
-        rng = np.random.default_rng([0, data.EDITS.index(kind)])
-        edits, seeds = [data.sample_edit(rng, kind, min(size)) for _ in range(number)], list(range(number))
+        rng, seeds = np.random.default_rng([0, data.EDITS.index(kind)]), list(range(number))
+        tasks = [data.sample_edit(rng, kind, side) for _ in seeds]
+        free = [Edit(t.picture, strength=SHARE if strength is None else strength, source=t.old) for t in tasks]
         table[kind] = ()
-        for way in (lambda e: Edit(e.picture, strength=strength, source=e.old), lambda e: Edit(e.picture, strength=strength)):
-            starts = torch.cat([way(e).start(pipeline, [e.new], [seed], (min(size),) * 2) for e, seed in zip(edits, seeds)])
-            pictures = pipeline([e.new for e in edits], seeds, size=(min(size),) * 2, tokens=starts,
-                                steps=way(edits[0]).steps(steps), **settings)
-            same = [(data.named(p) == data.named(e.picture))[e.keep].mean() for p, e in zip(pictures, edits)]
-            shown = [data.shows(p, e.claim) for p, e in zip(pictures, edits)]
-            table[kind] += ((float(np.mean(shown)), float(np.mean(same))),)
+        for edits in (free, [replace(edit, source=None) for edit in free]):
+            starts = [e.start(pipeline, [t.new], [s], size, settings.get("score")) for e, t, s in zip(edits, tasks, seeds)]
+            pictures = pipeline([t.new for t in tasks], seeds, size=size, tokens=torch.cat(starts),
+                                steps=edits[0].steps(steps), **settings)
+            kept = [(data.named(p) == data.named(t.picture))[t.keep].mean() for p, t in zip(pictures, tasks)]
+            table[kind] += ((float(np.mean([data.shows(p, t.claim) for p, t in zip(pictures, tasks)])), float(np.mean(kept))),)
     return table
 
 
@@ -296,16 +297,12 @@ class Edit:
     picture: Image.Image
     mask: np.ndarray | None = None
     feather: int = 0
-    strength: float | None = None
+    strength: float = SHARE
     source: str | None = None
 
     def steps(self, steps):
         """Of the `steps` of a whole picture the last ones, as many as the strength asks for."""
-        return steps if self.mask is not None else max(1, round(self.share * steps))
-
-    @property
-    def share(self):
-        return 0.4 if self.strength is None else self.strength
+        return steps if self.mask is not None else max(1, round(self.strength * steps))
 
     def start(self, pipeline, prompts, seeds, size, score=None):
         """-> (B, h, w) tokens of the picture at `size`, one for each prompt and seed, masked where to draw."""
@@ -315,7 +312,7 @@ class Edit:
             redraw = torch.from_numpy(shrink(self.mask, *tokens.shape[1:])).to(tokens.device)             # (h, w)
             return tokens.masked_fill(redraw, pipeline.transformer.config.mask_token)
         order = self.rank(pipeline, tokens, prompts, seeds, score).flatten(1).argsort(descending=True, stable=True)
-        order = order[:, :round(self.share * order.shape[1])]
+        order = order[:, :round(self.strength * order.shape[1])]
         return tokens.flatten(1).scatter(1, order, pipeline.transformer.config.mask_token).view(tokens.shape)
 
     def rank(self, pipeline, tokens, prompts, seeds, score):
@@ -389,8 +386,10 @@ def read_edit(args):
         mask = np.zeros((picture.height, picture.width), bool) if mask is None else mask
         mask = np.pad(mask, ((top, bottom), (left, right)), constant_values=True)
         picture = Image.fromarray(np.pad(np.asarray(picture), ((top, bottom), (left, right), (0, 0)), "edge"))
-    source = args.source if "source" in asked else None if "strength" in asked else ""
-    return Edit(picture, mask, args.feather, args.strength, source), text
+    if mask is None:                                          # so that the PNG says it too
+        args.source = "" if not asked else args.source
+        args.strength = SHARE if args.strength is None else args.strength
+    return Edit(picture, mask, args.feather or 0, args.strength, args.source), text
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -421,12 +420,10 @@ def film(pipeline, seen, number, grid=False):
     return frames
 
 
-def side_by_side(pictures, gap=4):
-    """One row of pictures of equal height, on white."""
-    sheet = Image.new("RGB", (sum(p.width + gap for p in pictures) - gap, pictures[0].height), "white")
-    for i, p in enumerate(pictures):
-        sheet.paste(p, (sum(q.width + gap for q in pictures[:i]), 0))
-    return sheet
+def side_by_side(pictures):
+    """One row of RGB pictures of equal height, white between them."""
+    gap = np.full((pictures[0].height, 4, 3), 255, np.uint8)
+    return Image.fromarray(np.hstack([part for p in pictures for part in (gap, np.asarray(p))][1:]))
 
 
 def labelled(cells, columns, lines, gap=4):
@@ -490,7 +487,7 @@ def settings_of(args, **more):
 def write_picture(path, picture, text):
     info = PngImagePlugin.PngInfo()
     for key, value in text.items():
-        info.add_text(key, value)
+        info.add_text(key, value.encode(errors="replace").decode())                 # a path may be no Unicode
     path.parent.mkdir(parents=True, exist_ok=True)
     vq.write_whole(path, lambda beside: picture.save(beside, "PNG", pnginfo=info))
     print(f"wrote {path}")
@@ -510,7 +507,7 @@ def like(argv):
         raise UserError(f"--like {args.like}: carries no settings of this program")
     before = []
     for key in SETTINGS:
-        if key in made:
+        if key in made and not (key == "prompt" and args.prompt_file):
             before += [f"--{key}", *made[key].split()] if key in ("temperature", "sweep") else [f"--{key}={made[key]}"]
     args = parse_arguments(before + argv)
     args.made = made
@@ -641,7 +638,7 @@ def parse_arguments(argv):
     e.add_argument("--source", metavar="OLD", help="the caption that the picture has now (default: the empty one)")
     e.add_argument("--mask", type=Path, metavar="M", help="a picture of any size, stretched to that of --image: white is repainted")
     e.add_argument("--outpaint", type=margins, metavar="LEFT,TOP,RIGHT,BOTTOM", help="pixels to add on each side")
-    e.add_argument("--feather", type=pixels, default=0, metavar="PX",
+    e.add_argument("--feather", type=pixels, metavar="PX",
                    help="pixels inside the mask's edge over which old turns to new (default: 0, a hard edge)")
     e.add_argument("--strength", type=share, metavar="S", help="share of tokens redrawn, 0 to 1: at random, or with --source "
                    "where the captions differ (default: there 0.4)")
@@ -702,7 +699,7 @@ def read_prompts(args):
             raise UserError(f"--prompt-file {args.prompt_file}: cannot be read ({getattr(e, 'strerror', None) or 'not UTF-8'})") from None
         if not prompts:
             raise UserError(f"--prompt-file {args.prompt_file}: no prompts in it")
-    for prompt in (*prompts, args.negative):
+    for prompt in (*prompts, args.negative, args.source or ""):
         if any("\ud800" <= c <= "\udfff" for c in prompt):                # what Python makes of bytes that are not UTF-8
             raise UserError(f"prompt {prompt!r} is not valid UTF-8")
     return prompts or ["" if args.image else DEFAULT_PROMPT]
@@ -821,7 +818,7 @@ def make(pipeline, args, edit, prompts, seeds, text):
     if args.sweep:
         for prompt, seed, path in jobs:
             sheet = sweep(pipeline, args, edit, prompt, seed, lambda cells: tqdm(cells, "cells"))
-            path = path if args.out.suffix else path.with_name(f"{path.stem}-sweep.png")
+            path = path if path == args.out else path.with_name(f"{path.stem}-sweep.png")
             write_picture(path, sheet, settings_of(args, prompt=prompt, seed=seed) | text)
         return
     number, steps = args.film_tokens or args.film, edit.steps(args.steps) if edit else args.steps
