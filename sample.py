@@ -368,6 +368,8 @@ def read_edit(args):
         return None, {}
     if {"mask", "outpaint"} & {*asked} and {"strength", "source"} & {*asked}:
         raise UserError(f"--{asked[-1]} is for the whole picture, --{asked[0]} for a part")
+    if args.size and args.size[0] * args.size[1] > Image.MAX_IMAGE_PIXELS:
+        raise UserError(f"--size {args.size[0]}x{args.size[1]}: too many pixels")
     if args.feather and not {"mask", "outpaint"} & {*asked}:
         raise UserError("--feather wants --mask or --outpaint")
     if not asked and args.prompt is None and args.prompt_file is None:
@@ -503,7 +505,7 @@ def like(argv):
             made = dict(picture.text)
     except Exception as e:                                    # Pillow's are many
         raise UserError(f"--like {args.like}: cannot be read as a PNG ({getattr(e, 'strerror', None) or type(e).__name__})") from None
-    if "software" not in made:
+    if "software" not in made or not made.get("place", "0").isdigit():
         raise UserError(f"--like {args.like}: carries no settings of this program")
     before = []
     for key in SETTINGS:
@@ -629,7 +631,8 @@ def parse_arguments(argv):
                    help="a .png file for one picture, else a folder (default: out)")
     p.add_argument("--schedule", choices=("cosine", "linear"), default="cosine",
                    help="how the tokens left to draw fall over the steps (default: cosine)")
-    p.add_argument("--like", type=Path, metavar="FILE.png", help="the settings that a PNG of this program carries; other flags go over them")
+    p.add_argument("--like", type=Path, metavar="FILE.png",
+                   help="with the settings that a PNG of this program carries; other flags go over them")
 
     e = p.add_argument_group("editing: the result has the size of --image; --size is the one at which the model works "
                              "(default: the nearest that it takes)")

@@ -1,16 +1,17 @@
 """Editing and seeing, on a tiny random model: what must hold whatever the weights are."""
 import io
 import re
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from common import random_text, tiny_transformer
+from common import GOLDEN, random_text, tiny_transformer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageSequence
-from test_sample import MODEL, SMALL, assert_refused, cli, picture, tree                            # noqa: F401
+from test_sample import MODEL, SMALL, assert_refused, picture, tree
 
 import data
 import meissonic
@@ -20,9 +21,18 @@ RUN = SMALL[:-4] + ("--steps", 4)                                             # 
 PNG = (*RUN, "--out", "a.png")
 
 
+LOADED = lru_cache(sample.Pipeline)
+
+
+@pytest.fixture(autouse=True)
+def load_once(monkeypatch):
+    """Most of a small run is reading the model: here it is read once for all."""
+    monkeypatch.setattr(sample, "Pipeline", LOADED)
+
+
 @pytest.fixture(scope="module")
 def pipeline():
-    return sample.Pipeline(MODEL)
+    return LOADED(MODEL, torch.device("cpu"), torch.float32, None)
 
 
 def noise(width=64, height=64, mode="RGB", seed=0):
@@ -111,7 +121,7 @@ MODES = (("RGB", "png"), ("RGBA", "png"), ("L", "png"), ("LA", "png"), ("P", "pn
 
 @pytest.mark.parametrize("mode, kind", MODES)
 @pytest.mark.parametrize("flags", (["--mask", "m.png", "--feather", 2], ["--outpaint", "5,0,30,7"]), ids=lambda f: f[0])
-def test_every_mode_comes_back_exactly(cli, mode, kind, flags):                                     # noqa: F811
+def test_every_mode_comes_back_exactly(cli, mode, kind, flags):
     """Odd sizes that no grid takes; the mask of another size and mode."""
     noise(75, 50, mode).save(f"p.{kind}")
     as_picture(box(30, 20, 6, 4, 18, 12)).convert("LA").save("m.png")
@@ -124,7 +134,19 @@ def test_every_mode_comes_back_exactly(cli, mode, kind, flags):                 
         assert done.shape[:2] == (57, 110) and (done[:50, 5:80] == original).all()
 
 
-def test_a_turned_photograph(cli):                                                                  # noqa: F811
+@pytest.mark.parametrize("flags", (["--model", GOLDEN / "plain"], ["--dtype", "bfloat16"], ["--dtype", "float16"]),
+                         ids=("plain", "bfloat16", "float16"))
+def test_other_layouts_and_dtypes(cli, flags):
+    """Without compression the grid takes 48 pixels; the decoder's dtype is its own."""
+    noise(75, 50).save("p.png")
+    as_picture(box(75, 50, 0, 0, 75, 25)).save("m.png")
+    assert cli("--image", "p.png", "--mask", "m.png", *PNG, *flags)[0] == 0
+    assert (pixels("a.png")[25:] == as_read("p.png")[25:]).all() and (pixels("a.png")[:25] != as_read("p.png")[:25]).any()
+    assert cli("--image", "p.png", "--prompt", "a star", "--source", "a heart", *PNG, *flags)[0] == 0
+    assert picture("a.png").size == (75, 50)
+
+
+def test_a_turned_photograph(cli):
     """EXIF orientation: the mask is as the picture is seen, and so is the result."""
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -134,7 +156,7 @@ def test_a_turned_photograph(cli):                                              
     assert picture("a.png").size == (40, 80) and (pixels("a.png")[20:] == as_read("p.jpg")[20:]).all()
 
 
-def test_transparent_parts_of_a_mask_are_not_white(cli):                                            # noqa: F811
+def test_transparent_parts_of_a_mask_are_not_white(cli):
     noise().save("p.png")
     mask = np.zeros((64, 64, 4), np.uint8)
     mask[:, :, :3], mask[:32, :32, 3] = 255, 255
@@ -144,7 +166,7 @@ def test_transparent_parts_of_a_mask_are_not_white(cli):                        
 
 
 @pytest.mark.parametrize("size", ("64x128", "96x128"))
-def test_a_full_mask_is_text_to_image(cli, size):                                                   # noqa: F811
+def test_a_full_mask_is_text_to_image(cli, size):
     """At 1:2 and 3:4; so is image to image at strength 1."""
     width, height = map(int, size.split("x"))
     noise(width, height).save("p.png")
@@ -203,7 +225,7 @@ def test_mask_free_editing_redraws_where_opinion_changes(pipeline):
     assert rank[0][masked[0]].min() >= rank[0][~masked[0]].max() and rank[1].abs().max() == 0
 
 
-def test_mask_free_editing_on_the_command_line(cli):                                                # noqa: F811
+def test_mask_free_editing_on_the_command_line(cli):
     """The prompt alone is an edit from the empty caption; another source is another edit."""
     noise(100, 70).save("p.png")
     for name, flags in (("a", []), ("b", ["--source", ""]), ("c", ["--source", "a heart and a cross"])):
@@ -226,14 +248,14 @@ def test_edits_of_the_world(kind, seed):
     assert left == {"recolour": 1, "turn": 1, "remove": 1, "background": 2, "add": 1}[kind]
 
 
-def test_the_score_of_edits(cli, pipeline):                                                         # noqa: F811
+def test_the_score_of_edits(cli, pipeline):
     status, out, _ = cli(*SMALL, "--score-edits", 1)
     assert status == 0 and [line.split()[0] for line in out.splitlines()[3:]] == list(data.EDITS) and tree(".") == []
     table = sample.score_edits(pipeline, 2, strength=0, size=(64, 64), steps=1, progress=iter)
     assert all(free == plain for free, plain in table.values())               # nothing redrawn: the same either way
 
 
-def test_schedules(cli):                                                                            # noqa: F811
+def test_schedules(cli):
     """Counted over the masked region alone."""
     assert meissonic.masked_counts(4, 8, "linear") == [6, 4, 2, 0]
     noise(128, 128).save("p.png")
@@ -266,7 +288,7 @@ def test_what_watch_sees(seed, steps, known):
 
 
 @pytest.mark.parametrize("flags, grid", ((["--film", 3], 0), (["--film-tokens", 5], 1), (["--film"], 0)))
-def test_a_film_has_the_frames_asked_for(cli, flags, grid):                                         # noqa: F811
+def test_a_film_has_the_frames_asked_for(cli, flags, grid):
     """Strip and animation; at first nothing is known, at last everything."""
     assert cli("--prompt", "a star", *SMALL, "--steps", 7, *flags, "--out", "a.png")[0] == 0
     assert tree(".") == ["a-film.gif", "a-film.png", "a.png"]
@@ -282,7 +304,7 @@ def test_a_film_has_the_frames_asked_for(cli, flags, grid):                     
     assert grid or ((first == 128).all() and (last == strip[:64, -64:]).all())
 
 
-def test_a_film_of_an_edit(cli):                                                                    # noqa: F811
+def test_a_film_of_an_edit(cli):
     """Grey is what the mask touches."""
     noise(64, 64).save("p.png")
     as_picture(box(64, 64, 0, 0, 64, 16)).save("m.png")
@@ -293,7 +315,7 @@ def test_a_film_of_an_edit(cli):                                                
 
 @pytest.mark.parametrize("axes", (["steps=1,3", "cfg=1,4.5"], ["temperature=0,9", "seed=5,-2"], ["strength=0,1", "score-condition=6,1"],
                                   ["seed=1,2,3"]), ids=" ".join)
-def test_a_sweep_is_its_single_runs(cli, axes):                                                     # noqa: F811
+def test_a_sweep_is_its_single_runs(cli, axes):
     noise(64, 64).save("p.png")
     base = ("--prompt", "a star", *RUN, "--size", 64, *(["--image", "p.png"] if "strength" in axes[0] else []))
     assert cli(*base, "--sweep", *axes, "--out", "sheet.png")[0] == 0
@@ -310,7 +332,7 @@ def test_a_sweep_is_its_single_runs(cli, axes):                                 
             assert len(found) >= 1 and found[0] < width + 64 * (i + 1), (x, y)
 
 
-def test_reconstruct(cli, pipeline):                                                                # noqa: F811
+def test_reconstruct(cli, pipeline):
     noise(70, 50).save("p.png")
     status, out, _ = cli("--reconstruct", "p.png", *PNG)
     sheet = pixels("a.png").astype(float)
@@ -329,7 +351,7 @@ def test_reconstruct(cli, pipeline):                                            
     ["--n", 3, "--seed=-2", "--film", 2], ["--image", "p.png", "--mask", "m.png", "--feather", 3], ["--image", "p.png", "--source", ""],
     ["--image", "p.png", "--strength", 0.5], ["--image", "p.png", "--outpaint", "0,3,0,9"], ["--sweep", "cfg=1,2", "seed=0,1"],
     ["--reconstruct", "p.png"]), ids=lambda f: f[0] + str(f[-1]))
-def test_like_makes_it_again(cli, flags):                                                           # noqa: F811
+def test_like_makes_it_again(cli, flags):
     """Every PNG of a run, bit for bit, its settings too."""
     noise(70, 50).save("p.png")
     as_picture(box(70, 50, 3, 4, 30, 30)).save("m.png")
@@ -343,7 +365,7 @@ def test_like_makes_it_again(cli, flags):                                       
         assert again.read_bytes() == path.read_bytes()
 
 
-def test_like_with_one_setting_changed(cli):                                                        # noqa: F811
+def test_like_with_one_setting_changed(cli):
     """As if that flag had been another from the start; the others stay."""
     base = ("--prompt", "a star", *SMALL, "--seed", 5)
     assert cli(*base, "--out", "a.png")[0] == 0 and cli(*base, "--cfg", 2, "--out", "b.png")[0] == 0
@@ -354,7 +376,7 @@ def test_like_with_one_setting_changed(cli):                                    
     assert changed == {"prompt"}
 
 
-def test_like_notices_other_inputs(cli, capsys):                                                    # noqa: F811
+def test_like_notices_other_inputs(cli):
     noise(64, 64).save("p.png")
     assert cli("--image", "p.png", "--strength", 0.5, *PNG)[0] == 0
     noise(64, 64, seed=1).save("p.png")
@@ -371,7 +393,7 @@ def test_like_notices_other_inputs(cli, capsys):                                
 
 
 @pytest.fixture
-def files(cli):                                                                                     # noqa: F811
+def files(cli):
     noise(64, 64).save("p.png")
     noise(64, 64).convert("L").point(lambda v: 0).save("black.png")
     whole = Path("p.png").read_bytes()
@@ -384,7 +406,7 @@ def files(cli):                                                                 
 
 
 @pytest.mark.parametrize("name", ("nowhere.png", "cut.png", "none.png", "empty.png", "huge.png", "."))
-def test_pictures_that_cannot_be_read(cli, files, name):                                            # noqa: F811
+def test_pictures_that_cannot_be_read(cli, files, name):
     assert_refused(cli, ["--image", name, "--prompt", "x", *RUN], "--image", name)
     assert_refused(cli, ["--image", "p.png", "--mask", name, *RUN], "--mask", name)
     assert_refused(cli, ["--reconstruct", name, *RUN], "--reconstruct", name)
@@ -399,22 +421,23 @@ def test_pictures_that_cannot_be_read(cli, files, name):                        
     (["--mask", "p.png", "--strength", "0.5"], ["--strength", "--mask"]), (["--outpaint", "1,1,1,1", "--source", "x"], ["--source"]),
     (["--feather", "3", "--strength", "0.5"], ["--feather"]), (["--mask", "p.png", "--feather", "-1"], ["--feather"]),
     (["--strength", "0.5", "--schedule", "sine"], ["--schedule"]), (["--prompt", "x", "--size", "65"], ["65x65", "64x64"]),
+    (["--strength", "1", "--size", str(2 ** 40)], ["--size"]),
     (["--prompt", "x", "--film", "1"], ["--film"]), (["--prompt", "x", "--steps", "4", "--film", "9"], ["--film"]),
     (["--prompt", "x", "--sweep", "speed=1"], ["--sweep", "speed"]), (["--prompt", "x", "--sweep", "cfg=1", "cfg=2"], ["--sweep"]),
     (["--prompt", "x", "--sweep", "cfg=a"], ["--sweep"]), (["--prompt", "x", "--sweep", "cfg=1", "--film"], ["--sweep", "--film"]),
     (["--prompt", "x", "--sweep", "cfg=1", "seed=1", "steps=1"], ["--sweep"]), (["--reconstruct", "p.png"], ["--reconstruct"])),
     ids=lambda f: " ".join(f))
-def test_edits_that_make_no_sense(cli, files, flags, words):                                        # noqa: F811
+def test_edits_that_make_no_sense(cli, files, flags, words):
     assert_refused(cli, ["--image", "p.png", *RUN, *flags], *words)
 
 
 @pytest.mark.parametrize("flags", (["--mask", "p.png"], ["--outpaint", "1,1,1,1"], ["--strength", "0.5"], ["--source", "x"],
                                    ["--feather", "1"], ["--sweep", "strength=0,1"]))
-def test_edits_want_a_picture(cli, files, flags):                                                   # noqa: F811
+def test_edits_want_a_picture(cli, files, flags):
     assert_refused(cli, ["--prompt", "x", *SMALL, *flags], flags[0] if "sweep" not in flags[0] else "strength", "--image")
 
 
-def test_a_png_without_settings(cli, files):                                                        # noqa: F811
+def test_a_png_without_settings(cli, files):
     assert_refused(cli, ["--like", "p.png"], "p.png", "no settings")
 
 

@@ -31,24 +31,6 @@ SMALL = ("--model", MODEL, "--device", "cpu", "--dtype", "float32", "--size", 64
 PARTS = {"transformer": "diffusion_pytorch_model", "vqvae": "diffusion_pytorch_model", "text_encoder": "model"}
 
 
-@pytest.fixture
-def cli(capsys, tmp_path, monkeypatch):
-    """cli(*arguments) -> (exit status, stdout, stderr), run in an empty folder."""
-    here = tmp_path / "here"
-    here.mkdir()
-    monkeypatch.chdir(here)
-
-    def call(*arguments):
-        try:
-            sample.main([str(a) for a in arguments])
-            status = 0
-        except SystemExit as stop:
-            status = stop.code
-        out, err = capsys.readouterr()
-        return status, out, err
-    return call
-
-
 def tree(folder):
     return sorted(str(p.relative_to(folder)) for p in Path(folder).rglob("*"))
 
