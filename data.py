@@ -348,6 +348,45 @@ def test_claims(task, number, seed=0):
     return pairs
 
 
+@dataclass(frozen=True)
+class Edit:
+    """A picture of the world and a change of its caption; `keep` (H, W) bool are pixels that the change does not touch."""
+    kind: str
+    picture: Image.Image
+    old: str
+    new: str
+    claim: Claim                                               # what the new caption says
+    keep: np.ndarray
+
+
+EDITS = ("recolour", "turn", "background", "remove", "add")
+
+
+def sample_edit(rng, kind, size):
+    """Draw an Edit of two objects on a ground (of one, to add another), everything named: "recolour the circle",
+    "turn the star into a heart", "another background", "remove the square", "add a triangle"."""
+    colours, nouns = [[options[i] for i in rng.permutation(8)] for options in (list(COLOURS), SHAPES)]
+    before = Claim("attribution", tuple(Thing(n, c) for n, c in zip(nouns[:2], colours)), None, colours[2])
+    one, two = before.things
+    after = {"recolour": replace(before, things=(replace(one, colour=colours[3]), two)),
+             "turn": replace(before, things=(replace(one, noun=nouns[2]), two)),
+             "background": replace(before, background=colours[3]), "remove": replace(before, things=(two,)), "add": before}[kind]
+    if kind == "add":
+        before = replace(before, things=(two,))
+    if any((t.colour, t.noun) in HELD_OUT for t in before.things + after.things):
+        return sample_edit(rng, kind, size)
+    scene, words = sample_scene(rng, before), int(rng.integers(1 << 30))          # both captions in the same words
+    old, new = (caption(np.random.default_rng(words), claim) for claim in (before, after))
+    touched = {"background": (), "add": ()}.get(kind, scene.items[:1])            # else all but a box round the object
+    ys, xs = (np.arange(size) + 0.5)[:, None] / size, (np.arange(size) + 0.5) / size
+    boxes = [np.maximum(abs(ys - i.y), abs(xs - i.x)) < i.r + 2 / size for i in touched or scene.items]
+    keep = np.logical_or.reduce(boxes)                                            # (H, W)
+    picture = draw(scene, size)
+    if kind == "background":
+        keep &= named(picture) != list(COLOURS).index(scene.background)
+    return Edit(kind, picture, old, new, after, ~keep if touched else keep)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Pictures from a disk
 
@@ -432,9 +471,22 @@ class Pictures:
                 raise ValueError("no text or caption in it")
             image = _decode_picture((file := picture).read(), self.smallest, self.near)
         except Exception as e:                     # broken pictures make Pillow raise struct.error, KeyError and more
-            why = getattr(e, "strerror", None) or str(e) or type(e).__name__
-            raise PictureError(_clean(f"{file}: {' '.join(why.split())}")) from None
+            raise _picture_error(file, e) from None
         return image, _clean(caption), score
+
+
+def _picture_error(file, e):
+    why = getattr(e, "strerror", None) or str(e) or type(e).__name__
+    return PictureError(_clean(f"{file}: {' '.join(why.split())}"))
+
+
+def read_picture(path):
+    """One picture file -> (RGB or, where it has transparent parts, RGBA Image; its bytes). Raises PictureError."""
+    try:
+        raw = File(str(path), str(path)).read()
+        return _upright(raw, 1), raw
+    except Exception as e:
+        raise _picture_error(path, e) from None
 
 
 def _clean(text):
@@ -526,8 +578,23 @@ def _match(files, split, skipped):
 
 
 def _decode_picture(raw, smallest, near):
-    """Bytes of a file -> RGB Image: its first frame, upright, transparent parts over white; colour profiles are not
-    applied. Raises ValueError, and whatever Pillow raises."""
+    """Bytes of a file -> RGB Image: as `_upright`, transparent parts over white."""
+    picture = _upright(raw, smallest, near)
+    info, picture = picture.info, flatten(picture)
+    picture.info = info
+    return picture
+
+
+def flatten(picture, ground="white"):
+    """RGB or RGBA Image -> RGB Image, transparent parts over the ground."""
+    if picture.mode != "RGBA":
+        return picture
+    return Image.alpha_composite(Image.new("RGBA", picture.size, ground), picture).convert("RGB")
+
+
+def _upright(raw, smallest, near=None):
+    """Bytes of a file -> RGB or, where it has transparent parts, RGBA Image: its first frame, upright; colour profiles
+    are not applied. Raises ValueError, and whatever Pillow raises."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")                # a large picture, odd EXIF: read or refused
         try:
@@ -548,10 +615,7 @@ def _decode_picture(raw, smallest, near):
             picture = _grey(picture)
         if turn in TURNS:
             picture = picture.transpose(TURNS[turn])
-        if picture.has_transparency_data:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        picture = picture.convert("RGB")
+        picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
     picture.info = {"original": (width, height) if turn in (5, 6, 7, 8) else (height, width)}
     return picture
 
@@ -620,13 +684,19 @@ def components(mask):
         label = grown
 
 
+def named(picture):
+    """RGB picture -> (H, W) int: the nearest of COLOURS for each pixel."""
+    rgb, palette = np.asarray(picture, np.float32), np.array(list(COLOURS.values()), np.float32)
+    return ((rgb[:, :, None] - palette) ** 2).sum(-1).argmin(-1)
+
+
 def read(picture):
     """Read an RGB picture's pixels -> Scene. Background: the commonest colour of the border. Objects:
     connected parts that differ from it, each with the commonest colour of its inside and the noun whose mask
     it resembles most; parts under 0.4% of the picture are specks and are left out."""
     rgb = np.asarray(picture.convert("RGB"), np.float32)                                     # (H, W, 3)
     names, palette = list(COLOURS), np.array(list(COLOURS.values()), np.float32)
-    nearest = ((rgb[:, :, None] - palette) ** 2).sum(-1).argmin(-1)                          # (H, W)
+    nearest = named(rgb)                                                                     # (H, W)
     border = np.concatenate([nearest[0], nearest[-1], nearest[:, 0], nearest[:, -1]])
     ground = int(np.bincount(border, minlength=len(names)).argmax())
     distance = np.sqrt(((rgb - palette[ground]) ** 2).sum(-1))

@@ -524,7 +524,7 @@ def fast_path(model, text, negative, times, guidance):
     sees the masked positions alone, its last projection after the guidance -> function (step, tokens (B, h, w),
     positions (B, M)) -> what that projection takes, (B, M, C)."""
     passes = 1 if guidance == 1 else 2
-    both = Text(*(torch.cat(pair[:passes]) for pair in zip(vars(text).values(), vars(negative).values())))
+    both = text if guidance == 1 else Text(*map(torch.cat, zip(vars(text).values(), vars(negative).values())))
     words, made = model.embed_text(both.hidden), made_once(model, both, times)                     # (2B, L, C), (T, 2B, W)
     def features(i, tokens, positions):
         x = model.launch(tokens.repeat(passes, 1, 1), words, made[i])                              # (2B, h, w, C)
@@ -566,7 +566,7 @@ class Graph:
 
 @torch.no_grad()
 def sample(model, text, negative, tokens, seeds, steps, guidance=9.0, temperature=(2.0, 0.0), schedule="cosine",
-           convention="step", progress=iter, plain=False):
+           convention="step", progress=iter, watch=None, plain=False):
     """Fill in the masked tokens.
 
     tokens (B, h, w) int64     config.mask_token where unknown, the same number in each picture of the batch;
@@ -574,6 +574,8 @@ def sample(model, text, negative, tokens, seeds, steps, guidance=9.0, temperatur
     seeds (B,) ints            one for each picture: it depends on its own seed and text alone
     temperature                of the Gumbel noise on the confidences, from the first step to the last
     progress                   wraps the range of steps, e.g. tqdm
+    watch                      called as watch(i, believed (B, h, w), masked (B, h, w) bool) for i = 0 ... steps: what
+                               was unknown before step i, and the picture with a draw for it; at the end nothing is
     plain                      plain_path in place of fast_path: the same picture, but for rounding
     -> (B, h, w) int64
     """
@@ -583,9 +585,7 @@ def sample(model, text, negative, tokens, seeds, steps, guidance=9.0, temperatur
     if len(set(unknown.sum(1).tolist())) != 1:
         raise ValueError("the pictures of a batch must have equally many masked tokens")
     positions = unknown.nonzero()[:, 1].view(len(flat), -1)                                        # (B, M)
-    if not positions.numel():
-        return tokens.clone()
-    counts = masked_counts(steps, positions.shape[1], schedule)
+    counts = masked_counts(steps, positions.shape[1], schedule) if positions.numel() else []
     masked = [m for m in (positions.shape[1], *counts[:-1]) if m]             # before each step; none are idle ones
     times = [timestep(convention, i, steps, m, flat.shape[1]) for i, m in enumerate(masked)]
     look = (plain_path if plain else fast_path)(model, text, negative, times, guidance)
@@ -596,7 +596,38 @@ def sample(model, text, negative, tokens, seeds, steps, guidance=9.0, temperatur
             kernels.sample_from_head(x, weight, positions, seeds, i)                               # (B, M) twice
         heat = temperature[0] + (temperature[1] - temperature[0]) * i / max(steps - 1, 1)
         noise = kernels.confidence_noise(seeds, i, positions)
+        unknown = flat == model.config.mask_token
         flat.scatter_(1, positions, drawn)
+        if watch:
+            watch(i, flat.view(shape).clone(), unknown.view(shape))
         positions = kernels.remask(positions, logp, noise, heat, counts[i])                        # (B, counts[i])
         flat.scatter_(1, positions, model.config.mask_token)
+    for i in range(len(times), steps + 1) if watch else ():                  # the end, and the idle steps before it
+        watch(i, flat.view(shape), torch.zeros_like(unknown).view(shape))
     return flat.view(shape)
+
+
+@torch.no_grad()
+def opinion_change(model, tokens, old, new, convention="step", rates=(1.0, 0.95, 0.9, 0.85, 0.8, 0.75)):
+    """How much less likely each token of a picture becomes when the caption `old` (Text) gives way to `new`: the mean
+    of log p(token | visible, old) - log p(token | visible, new), in nats, over a random masking of each rate. Where most
+    is masked the captions speak, where less is the neighbours do, so that rates are high: with all masked alone a new
+    ground shows, and no rate below finds it; the lower ones help where a shape changes.
+    tokens (B, h, w) int64, all known -> (B, h, w) float32, smoothed over 5 x 5 tokens."""
+    flat, generator = tokens.flatten(1), torch.Generator().manual_seed(0)                          # (B, h w)
+    change, seen = torch.zeros(flat.shape, device=flat.device), torch.zeros(flat.shape, device=flat.device)
+    weight = model.mlm_layer.conv2.weight.flatten(1)                                               # (V, C)
+    numbers = [max(1, round(rate * flat.shape[1])) for rate in rates]
+    steps = [min(round(48 * 2 / math.pi * math.acos(rate)), 47) for rate in rates]                 # of 48, those that meet these rates
+    times = [timestep(convention, *each, flat.shape[1]) for each in zip(steps, [48] * len(steps), numbers)]
+    looks = [(fast_path(model, text, None, times, 1), sign) for text, sign in ((old, 1), (new, -1))]
+    for i, number in enumerate(numbers):
+        positions = torch.randperm(flat.shape[1], generator=generator)[:number].to(flat.device).expand(len(flat), -1)
+        hidden = flat.scatter(1, positions, model.config.mask_token).view(tokens.shape)
+        known = flat.gather(1, positions)[..., None]
+        for look, sign in looks:
+            logits = F.linear(look(i, hidden, positions), weight).float()                          # (B, M, V)
+            change.scatter_add_(1, positions, sign * logits.log_softmax(-1).gather(-1, known)[..., 0])
+        seen.scatter_add_(1, positions, torch.ones_like(change[:, :number]))
+    change = (change / seen.clamp(min=1)).view(tokens.shape)
+    return F.avg_pool2d(change[:, None], 5, 1, 2, count_include_pad=False)[:, 0]

@@ -1,24 +1,30 @@
-"""Text to image.
+"""Text to image, editing, and seeing how a picture comes to be.
 
     python sample.py --prompt "a red circle above a blue square on a white background"
     python sample.py --model meissonic --prompt "a lighthouse in a storm, oil painting"    # 1024 x 1024, fetched once
     python sample.py --prompt "a star" "a heart" --n 4 --seed 7 --steps 32 --cfg 5 --out pictures
     python sample.py --score                                   # how often pictures show what their captions say
+    python sample.py --image P --mask M --prompt "a star"      # repaint what is white in M; --outpaint: a larger canvas
+    python sample.py --image P --prompt "a blue star" --source "a red star"     # redraw what the captions differ in
+    python sample.py --film 8 --sweep steps=8,16 cfg=1,3       # how the picture came to be, and what settings do
+    python sample.py --like out/a-star-0.png --cfg 5           # the same again, with one setting changed
 
 Text -> CLIP tower -> transformer that fills in masked tokens -> VQ decoder -> pixels (SPEC: paper section 2).
-`Pipeline` is that line; `find_model` turns a name into a folder; `main` only reads arguments.
+`Pipeline` is that line; an `Edit` starts it from a picture with some tokens masked; `find_model` turns a name into a
+folder; `main` only reads arguments. Letters: B pictures, H W pixels, h w tokens.
 """
 import argparse
 import json
 import re
 import sys
 import zlib
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, PngImagePlugin
 from tqdm import tqdm
 
 import clip
@@ -32,6 +38,8 @@ HUB = dict(meissonic="MeissonFlow/Meissonic", monetico="Collov-Labs/Monetico")
 DEFAULT_PROMPT = "a red circle above a blue square on a white background"
 ROUNDED = dict(int8=torch.int8, fp8=torch.float8_e4m3fn)
 PARTS = ("transformer", "vqvae", "text_encoder")
+MOST_TOKENS = 4096                                # of a batch, and of an edit unless --size says otherwise
+SHARE = 0.4                                       # of the tokens that mask-free editing draws anew
 
 
 class UserError(Exception):
@@ -137,8 +145,8 @@ def find_model(name, device, dtype):
 class Pipeline:
     """Tokenizer, text encoder, transformer and VQ model of one checkpoint folder.
 
-    Everything is checked at once, but each model is read when it is first used, and `release` lets go of it: they work
-    in turn and need never be in memory together.
+    Everything is checked at once, but each model is read when it is first used. Where `lean` is set they work in turn:
+    what is read lets go of the others, and encoded prompts are kept.
 
     Attributes of use to others: `encoder`, `transformer`, `vq`; `mask_token`; `tokens_f` and `f`, pixels for each token
     and for each block position along a side (sizes must divide by `f`); and the checkpoint's defaults `size` (width,
@@ -149,7 +157,7 @@ class Pipeline:
         """`lora`: a file of low-rank terms to merge. `rounded`: int8 or float8_e4m3fn, for the weights of the
         transformer's blocks. Raises vq.CheckpointError, naming the part at fault."""
         self.folder, self.device, self.dtype = Path(folder), torch.device(device), dtype
-        self.lora, self.rounded = lora, rounded
+        self.lora, self.rounded, self.lean, self.held = lora, rounded, False, {}
         if not self.folder.is_dir():
             raise vq.CheckpointError(f"{folder}: no such folder")
         self.tokenizer = clip.Tokenizer.from_pretrained(self.folder / "tokenizer")
@@ -168,10 +176,12 @@ class Pipeline:
 
     @cached_property
     def encoder(self):
+        self.make_room()
         return clip.TextEncoder.from_pretrained(self.folder / "text_encoder", self.dtype, self.device)
 
     @cached_property
     def transformer(self):
+        self.make_room()
         model = meissonic.Transformer.from_pretrained(
             self.folder / "transformer", self.dtype, "cpu" if self.rounded else self.device, meissonic.Transformer.ADAPTIVE)
         if self.lora:
@@ -180,12 +190,18 @@ class Pipeline:
 
     @cached_property
     def vq(self):                                                  # NOTE the published decoder overflows in float16
+        self.make_room()
         dtype = torch.float32 if self.dtype == torch.float16 else self.dtype
         return vq.VQModel.from_pretrained(self.folder / "vqvae", dtype, self.device)
 
-    def release(self, part):
-        """Let go of `encoder`, `transformer` or `vq`; the next use reads it again."""
-        self.__dict__.pop(part, None)
+    def make_room(self):
+        if self.lean:
+            self.release("encoder", "transformer", "vq")
+
+    def release(self, *parts):
+        """Let go of some of `encoder`, `transformer` and `vq`; the next use reads them again."""
+        for part in parts:
+            self.__dict__.pop(part, None)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -212,46 +228,63 @@ class Pipeline:
             raise UserError(f"size {width}x{height} does not fit: width and height must be positive multiples of "
                             f"{self.f}, for example {fit[0]}x{fit[1]}")
 
+    def fit(self, width, height):
+        """The size at which a picture of these pixels is edited: the nearest that the grid takes, not too large."""
+        shrink = min(1, (MOST_TOKENS * self.tokens_f ** 2 / (width * height)) ** 0.5)
+        return tuple(max(self.f, round(side * shrink / self.f) * self.f) for side in (width, height))
+
     @torch.no_grad()
     def encode_text(self, prompts, width, height, score):
         """list of str -> meissonic.Text, equal prompts encoded once; micro conditions: size in pixels, no crop, score."""
-        where = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-        ids = self.tokenizer(list(where)).to(self.device)
-        hidden, pooled = (torch.cat(parts) for parts in zip(*map(self.encoder, ids.split(64))))
+        held = self.held if self.lean else {}
+        for prompt in prompts:
+            if prompt not in held:                                 # alone: rounding does not tell what it stood beside
+                held[prompt] = self.encoder(self.tokenizer([prompt]).to(self.device))
+        hidden, pooled = (torch.cat(parts) for parts in zip(*(held[prompt] for prompt in prompts)))
         micro = torch.tensor([[width, height, 0, 0, score]], device=self.device, dtype=torch.float32)
-        return meissonic.Text(hidden, pooled, micro.expand(len(where), 5)).rows([where[prompt] for prompt in prompts])
+        return meissonic.Text(hidden, pooled, micro.expand(len(prompts), 5))
 
-    def paint(self, tokens, text, against, seeds, steps=None, cfg=None, temperature=(2.0, 0.0), schedule="cosine", progress=iter):
-        """meissonic.sample with this model, None its defaults: tokens (B, h, w), mask_token where unknown -> (B, h, w)."""
+    def paint(self, tokens, text, against, seeds, steps=None, cfg=None, temperature=(2.0, 0.0), schedule="cosine",
+              progress=iter, watch=None):
+        """Fill in the tokens (B, h, w) that are mask_token; see meissonic.sample. None takes the checkpoint's default."""
         return meissonic.sample(self.transformer, text, against, tokens, seeds, steps or self.steps,
-                                self.cfg if cfg is None else cfg, temperature, schedule, self.convention, progress)
+                                self.cfg if cfg is None else cfg, temperature, schedule, self.convention, progress, watch)
 
     @torch.no_grad()
     def decode(self, tokens):
-        """(B, h, w) -> list of PIL images, made one at a time."""
+        """(B, h, w) -> list of RGB Images, made one at a time."""
         images = [self.vq.decode(one).float().clamp(0, 1) for one in tokens.split(1)]         # (1, 3, H, W) each
         arrays = [(x[0] * 255).round().byte().permute(1, 2, 0).cpu().numpy() for x in images]
         return [Image.fromarray(a) for a in arrays]
 
-    def blank(self, number, width, height):
-        """(number, h, w) tokens, all unknown."""
-        return torch.full((number, height // self.tokens_f, width // self.tokens_f), self.mask_token, device=self.device)
+    @torch.no_grad()
+    def encode_picture(self, image):
+        """RGB Image whose sides divide by f -> tokens (1, h, w)."""
+        pixels = torch.from_numpy(np.array(image)).to(self.device).permute(2, 0, 1)[None]                # (1, 3, H, W)
+        return self.vq.encode(pixels / 255)
 
-    def __call__(self, prompts, seeds, negative="", size=None, score=None, **settings):
+    def draw(self, prompts, seeds, negative="", size=None, score=None, tokens=None, **settings):
         """One batch: prompts (list of str) and seeds (list of int), one for each picture; size (width, height) in pixels
-        and score, None the checkpoint's defaults; settings of `paint` -> list of PIL images."""
+        and score, None the checkpoint's; `tokens` (B, h, w) to start from, masked where to draw (None: everywhere); the
+        settings of `paint` -> tokens (B, h, w)."""
         width, height = size or self.size
         self.check_size(width, height)
         text = self.encode_text([*prompts, negative], width, height, self.score_condition if score is None else score)
-        against = text.rows([len(prompts)] * len(prompts))
-        return self.decode(self.paint(self.blank(len(prompts), width, height), text.rows(slice(len(prompts))), against, seeds, **settings))
+        if tokens is None:
+            shape = len(prompts), height // self.tokens_f, width // self.tokens_f
+            tokens = torch.full(shape, self.mask_token, device=self.device)
+        return self.paint(tokens, text.rows(slice(len(prompts))), text.rows([-1] * len(prompts)), seeds, **settings)
+
+    def __call__(self, *arguments, **settings):
+        """`draw`, decoded -> list of RGB Images."""
+        return self.decode(self.draw(*arguments, **settings))
 
 
 class Invented(Pipeline):
     """The published model's sizes with random weights and random prompts, for --bench."""
 
     def __init__(self, device, dtype, rounded=None):
-        self.device, self.dtype, self.rounded, self.convention = torch.device(device), dtype, rounded, "step"
+        self.device, self.dtype, self.rounded, self.lean, self.convention = torch.device(device), dtype, rounded, False, "step"
         config = meissonic.Config()
         self.mask_token, self.tokens_f, self.f = config.mask_token, 16, 32
         self.size, self.steps, self.cfg, self.score_condition = (1024, 1024), 48, 9.0, 6.0
@@ -297,6 +330,284 @@ def score_tasks(pipeline, number=100, batch=50, tasks=data.TASKS + ("unseen",), 
     return shares
 
 
+def score_edits(pipeline, number=20, strength=None, progress=tqdm, **settings):
+    """For each kind of edit of the world of shapes, on `number` true pictures, mask-free and plain image to image at
+    the same strength -> {kind: ((shows, kept), (shows, kept))}: the share of pictures that show what the new caption
+    says, and the share of pixels that the edit does not concern whose colour is still the same."""
+    table, side = {}, min(settings.pop("size", None) or pipeline.size)
+    steps, size = settings.pop("steps", None) or pipeline.steps, (side, side)
+    for kind in progress(data.EDITS):
+        rng, seeds = np.random.default_rng([0, data.EDITS.index(kind)]), list(range(number))
+        tasks = [data.sample_edit(rng, kind, side) for _ in seeds]
+        free = [Edit(t.picture, strength=SHARE if strength is None else strength, source=t.old) for t in tasks]
+        table[kind] = ()
+        for edits in (free, [replace(edit, source=None) for edit in free]):
+            starts = [e.start(pipeline, [t.new], [s], size, settings.get("score")) for e, t, s in zip(edits, tasks, seeds)]
+            pictures = pipeline([t.new for t in tasks], seeds, size=size, tokens=torch.cat(starts),
+                                steps=edits[0].steps(steps), **settings)
+            kept = [(data.named(p) == data.named(t.picture))[t.keep].mean() for p, t in zip(pictures, tasks)]
+            table[kind] += ((float(np.mean([data.shows(p, t.claim) for p, t in zip(pictures, tasks)])), float(np.mean(kept))),)
+    return table
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Editing: a picture's own tokens, some of them masked
+
+
+@dataclass
+class Edit:
+    """What of a picture is drawn anew: the tokens that `mask` touches, or, without one, the share `strength` of all,
+    those of which the caption changes the model's opinion most, or, without a `source`, any.
+
+    picture   RGB or RGBA Image, upright and as large as the result; its transparent parts are white to the model
+    mask      (H, W) bool; outside it the result is the picture, byte for byte
+    feather   pixels, inwards from the mask's edge, over which old turns to new
+    source    the caption that the picture has, the empty one if that is not known
+    """
+    picture: Image.Image
+    mask: np.ndarray | None = None
+    feather: int = 0
+    strength: float = SHARE
+    source: str | None = None
+    encoded: dict = field(default_factory=dict, repr=False, compare=False)       # {size: tokens (1, h, w)} of the picture
+
+    def steps(self, steps):
+        """Of the `steps` of a whole picture the last ones, as many as the strength asks for."""
+        return steps if self.mask is not None else max(1, round(self.strength * steps))
+
+    def start(self, pipeline, prompts, seeds, size, score=None):
+        """-> (B, h, w) tokens of the picture at `size`, one for each prompt and seed, masked where to draw."""
+        if size not in self.encoded:
+            picture = data.flatten(self.picture).resize(size, Image.Resampling.LANCZOS)
+            self.encoded[size] = pipeline.encode_picture(picture)
+        tokens = self.encoded[size].repeat(len(prompts), 1, 1)                                            # (B, h, w)
+        if self.mask is not None:
+            redraw = torch.from_numpy(shrink(self.mask, *tokens.shape[1:])).to(tokens.device)             # (h, w)
+            return tokens.masked_fill(redraw, pipeline.mask_token)
+        order = self.rank(pipeline, tokens, prompts, seeds, score).flatten(1).argsort(descending=True, stable=True)
+        order = order[:, :round(self.strength * order.shape[1])]
+        return tokens.flatten(1).scatter(1, order, pipeline.mask_token).view(tokens.shape)
+
+    def rank(self, pipeline, tokens, prompts, seeds, score):
+        """(B, h, w): tokens of the greatest are drawn anew first. Chance is the seed's, so that what a strength
+        masks, a greater one masks too."""
+        if self.source is None:
+            positions = torch.arange(tokens[0].numel(), device=tokens.device).expand(len(tokens), -1)
+            seeds = torch.as_tensor(seeds, dtype=torch.int64, device=tokens.device)
+            return kernels.confidence_noise(seeds, 2 ** 31, positions)                   # a step that no run has
+        width, height = (side * pipeline.tokens_f for side in (tokens.shape[2], tokens.shape[1]))
+        score = pipeline.score_condition if score is None else score
+        old, new = (pipeline.encode_text(texts, width, height, score) for texts in ([self.source] * len(prompts), prompts))
+        return meissonic.opinion_change(pipeline.transformer, tokens, old, new, pipeline.convention)
+
+    def finish(self, painted):
+        """The model's picture at the original's size, with the original outside the mask."""
+        painted = painted.resize(self.picture.size, Image.Resampling.LANCZOS)
+        if self.mask is None:
+            return painted
+        return Image.composite(painted.convert(self.picture.mode), self.picture, feathered(self.mask, self.feather))
+
+
+def shrink(mask, h, w):
+    """(H, W) bool -> (h, w) bool: whether the mask touches each cell, whatever the sizes."""
+    cover = lambda m, n: np.stack([m[i * len(m) // n:-(-(i + 1) * len(m) // n)].any(0) for i in range(n)])
+    return cover(cover(mask, h).T, w).T
+
+
+def feathered(mask, pixels):
+    """(H, W) bool -> L Image: 0 outside, rising to 255 over `pixels` inwards: the mean of the mask eroded 0, 1, ... times."""
+    image, total = Image.fromarray(mask.astype(np.uint8) * 255), np.zeros(mask.shape)
+    for _ in range(pixels + 1):
+        total += np.asarray(image)
+        image = image.filter(ImageFilter.MinFilter(3))
+    return Image.fromarray(np.round(total / (pixels + 1)).astype(np.uint8))
+
+
+def read_picture(flag, path):
+    """-> (RGB or RGBA Image, its bytes' CRC). Raises UserError."""
+    try:
+        picture, raw = data.read_picture(path)
+    except data.PictureError as e:
+        raise UserError(f"{flag} {e}") from None
+    return picture, f"{zlib.crc32(raw):08x}"
+
+
+def read_edit(args):
+    """The Edit that the arguments ask for -> (Edit or None, {what of it goes into the PNG}). Raises UserError."""
+    asked = [flag for flag in ("mask", "outpaint", "strength", "source") if getattr(args, flag) is not None]
+    if not args.image:
+        if asked or args.feather:
+            raise UserError(f"--{(asked or ['feather'])[0]} wants a picture: --image")
+        return None, {}
+    if {"mask", "outpaint"} & {*asked} and {"strength", "source"} & {*asked}:
+        raise UserError(f"--{asked[-1]} is for the whole picture, --{asked[0]} for a part")
+    if args.size and args.size[0] * args.size[1] > Image.MAX_IMAGE_PIXELS:
+        raise UserError(f"--size {args.size[0]}x{args.size[1]}: too many pixels")
+    if args.feather and not {"mask", "outpaint"} & {*asked}:
+        raise UserError("--feather wants --mask or --outpaint")
+    if not asked and args.prompt is None and args.prompt_file is None:
+        raise UserError("--image wants one of --prompt, --mask, --outpaint, --strength")
+    picture, crc = read_picture("--image", args.image)
+    mask, text = None, {"image-crc": crc}
+    if args.mask:
+        image, text["mask-crc"] = read_picture("--mask", args.mask)
+        mask = shrink(np.asarray(data.flatten(image, "black").convert("L")) > 127, picture.height, picture.width)
+        if not mask.any():
+            raise UserError(f"--mask {args.mask}: no white in it, so there is nothing to repaint")
+    if args.outpaint:
+        left, top, right, bottom = args.outpaint
+        if (picture.width + left + right) * (picture.height + top + bottom) > Image.MAX_IMAGE_PIXELS:
+            raise UserError(f"--outpaint: {picture.width + left + right}x{picture.height + top + bottom} pixels are too many")
+        mask = np.zeros((picture.height, picture.width), bool) if mask is None else mask
+        mask = np.pad(mask, ((top, bottom), (left, right)), constant_values=True)
+        picture = Image.fromarray(np.pad(np.asarray(picture), ((top, bottom), (left, right), (0, 0)), "edge"))
+    if mask is None:                                          # so that the PNG says it too
+        args.source = "" if not asked else args.source
+        args.strength = SHARE if args.strength is None else args.strength
+    return Edit(picture, mask, args.feather or 0, args.strength, args.source), text
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Seeing
+
+
+def film(pipeline, seen, number, grid=False):
+    """`number` frames of a run, evenly over its steps, of all that `watch` saw of one picture, [(believed (h, w),
+    masked (h, w))] -> RGB Images: above what the model believes in, below that with the masked tokens grey, and a bar
+    that tells the time. A token has at least 8 pixels; `grid` draws lines between them."""
+    f, frames = pipeline.tokens_f, []
+    cell = f * -(-8 // f)
+    for k in range(number):
+        tokens, masked = seen[round(k * (len(seen) - 1) / (number - 1))]
+        h, w = masked.shape
+        believed = pipeline.decode(tokens[None])[0].resize((w * cell, h * cell), Image.Resampling.NEAREST)
+        veil = Image.fromarray(masked.cpu().numpy().astype(np.uint8) * 255).resize(believed.size, Image.Resampling.NEAREST)
+        known = Image.composite(Image.new("RGB", believed.size, "grey"), believed, veil)
+        pen = ImageDraw.Draw(known)
+        for i in range(1, max(h, w)) if grid else ():
+            pen.line((i * cell, 0, i * cell, known.height), "black")
+            pen.line((0, i * cell, known.width, i * cell), "black")
+        frame = Image.new("RGB", (w * cell, 2 * h * cell + 8), "white")
+        frame.paste(believed, (0, 0))
+        frame.paste(known, (0, h * cell + 2))
+        frame.paste("black", (0, 2 * h * cell + 4, round(frame.width * (k + 1) / number), 2 * h * cell + 8))
+        frames.append(frame)
+    return frames
+
+
+def side_by_side(pictures):
+    """One row of RGB pictures of equal height, white between them."""
+    gap = np.full((pictures[0].height, 4, 3), 255, np.uint8)
+    return Image.fromarray(np.hstack([part for p in pictures for part in (gap, np.asarray(p))][1:]))
+
+
+def labelled(cells, columns, lines, gap=4):
+    """Pictures of one size, row by row, as a grid with a label above each column and before each line."""
+    font, (width, height) = ImageFont.load_default(12), cells[0].size
+    long = lambda labels: round(max(font.getlength(label) for label in labels))
+    left, top, dx, dy = long(lines) + 2 * gap, 20, max(width, long(columns)) + gap, max(height, 16) + gap
+    sheet = Image.new("RGB", (left + dx * len(columns), top + dy * len(lines)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, label in enumerate(columns):
+        pen.text((left + i * dx, 3), label, "black", font)
+    for j, label in enumerate(lines):
+        pen.text((gap, top + j * dy + height // 2), label, "black", font, anchor="lm")
+    for k, picture in enumerate(cells):
+        sheet.paste(data.flatten(picture), (left + k % len(columns) * dx, top + k // len(columns) * dy))
+    return sheet
+
+
+def sweep(pipeline, args, edit, prompt, seed, progress=iter):
+    """A labelled sheet: the first axis of --sweep to the right, the second downwards; each cell is a run of its own."""
+    (across, columns), (down, lines) = (args.sweep + [("", [""])])[:2]
+    cells = []
+    for x, y in progress([(x, y) for y in lines for x in columns]):
+        cell = argparse.Namespace(**vars(args) | {"seed": seed})
+        for name, text in ((across, x), (down, y)):
+            if name:
+                value = AXES[name](text)
+                setattr(cell, name.replace("-", "_"), (value, args.temperature[1]) if name == "temperature" else value)
+        cells.append(paint(pipeline, cell, edit and replace(edit, strength=cell.strength), [prompt], [cell.seed]))
+    return labelled(finish(pipeline, edit, torch.cat(cells)), [f"{across} {x}" for x in columns], [f"{down} {y}".strip() for y in lines])
+
+
+def reconstruct(pipeline, path):
+    """A picture, and the same through the VQ model and back, side by side -> (sheet, PSNR in dB)."""
+    picture = data.flatten(read_picture("--reconstruct", path)[0])
+    back = Edit(picture, strength=0).finish(pipeline.decode(pipeline.encode_picture(
+        picture.resize(pipeline.fit(*picture.size), Image.Resampling.LANCZOS)))[0])
+    error = np.mean((np.asarray(picture, float) - np.asarray(back, float)) ** 2)
+    return side_by_side([picture, back]), float(10 * np.log10(255 ** 2 / max(error, 1e-10)))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What a PNG tells of its making, and making it again
+
+SETTINGS = ("prompt", "negative", "seed", "steps", "cfg", "size", "temperature", "schedule", "score-condition", "model", "lora",
+            "device", "dtype", "batch", "image", "mask", "outpaint", "feather", "strength", "source", "film", "film-tokens", "sweep",
+            "reconstruct")
+SOFTWARE = f"torch {torch.__version__}, numpy {np.__version__}, pillow {Image.__version__}"
+
+
+def settings_of(args, **more):
+    """{flag: text} of all that is set, as one would write it on the command line; `more` goes over the arguments."""
+    values = {key: getattr(args, key.replace("-", "_")) for key in SETTINGS} | more
+    if args.sweep:
+        values["sweep"] = [f"{name}={','.join(texts)}" for name, texts in args.sweep]
+    words = {"size": "x", "outpaint": ","}
+    return {key: words.get(key, " ").join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+            for key, value in values.items() if value is not None}
+
+
+def write_picture(path, picture, text):
+    info = PngImagePlugin.PngInfo()
+    for key, value in text.items():
+        info.add_text(key, value.encode(errors="replace").decode())                 # a path may be no Unicode
+    path.parent.mkdir(parents=True, exist_ok=True)
+    vq.write_whole(path, lambda beside: picture.save(beside, "PNG", pnginfo=info))
+    print(f"wrote {path}")
+
+
+def like(argv):
+    """Arguments with --like -> the settings of that PNG, and over them the other arguments."""
+    args = parse_arguments(argv)
+    if not args.like:
+        return args
+    try:
+        with Image.open(args.like, formats=["PNG"]) as picture:
+            made = dict(picture.text)
+    except Exception as e:                                    # Pillow's are many
+        raise UserError(f"--like {args.like}: cannot be read as a PNG ({getattr(e, 'strerror', None) or type(e).__name__})") from None
+    if "software" not in made or not made.get("place", "0").isdigit():
+        raise UserError(f"--like {args.like}: carries no settings of this program")
+    before = []
+    for key in SETTINGS:
+        if key in made and not (key == "prompt" and args.prompt_file):
+            before += [f"--{key}", *made[key].split()] if key in ("temperature", "sweep") else [f"--{key}={made[key]}"]
+    args = parse_arguments(before + argv)
+    args.made = made
+    return args
+
+
+def check_like(args, text):
+    """Say what is no longer as it was when the PNG of --like was made. Raises UserError for an input that has changed."""
+    for key in ("image", "mask"):
+        if args.made.get(key) == str(getattr(args, key)) and args.made.get(f"{key}-crc") != text.get(f"{key}-crc"):
+            raise UserError(f"--like {args.like}: {args.made[key]} has changed since")
+    for key in ("software", "weights"):
+        if args.made.get(key) != text[key]:
+            print(f"note: {args.like} was made with {key} {args.made.get(key)}, this is {text[key]}", file=sys.stderr)
+
+
+def fingerprint(folder, dtype):
+    """A checksum of a checkpoint: of the first MiB of each part's weights."""
+    crc = 0
+    for part in PARTS:
+        with open(vq.weight_files(folder / part, stem_of(part), wanted_dtype(part, dtype))[0], "rb") as file:
+            crc = zlib.crc32(file.read(2 ** 20), crc)
+    return f"{crc:08x}"
+
+
 # ---------------------------------------------------------------------------------------------------------
 # The command line
 
@@ -330,6 +641,45 @@ def finite(text):
     return value
 
 
+def share(text):
+    value = finite(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not between 0 and 1")
+    return value
+
+
+def frames(text):
+    if positive(text) < 2:
+        raise argparse.ArgumentTypeError("a film has at least 2 frames")
+    return int(text)
+
+
+def pixels(text):
+    if not text.isdigit() or int(text) > 256:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 256")
+    return int(text)
+
+
+def margins(text):
+    if not re.fullmatch(r"\d{1,9}(,\d{1,9}){3}", text) or not any(sides := [int(side) for side in text.split(",")]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not LEFT,TOP,RIGHT,BOTTOM in pixels, none below 0 and one above")
+    return sides
+
+
+AXES = {"steps": positive, "cfg": finite, "temperature": finite, "seed": int, "score-condition": finite, "strength": share}
+
+
+def axis(text):
+    """"cfg=1,3" -> ("cfg", ["1", "3"])."""
+    name, _, values = text.partition("=")
+    try:
+        for value in values.split(","):
+            AXES[name](value)
+    except (KeyError, ValueError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE,VALUE,..., NAME one of {', '.join(AXES)}") from None
+    return name, values.split(",")
+
+
 def parse_arguments(argv):
     p = Parser(prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--prompt", nargs="+", metavar="TEXT", help=f'one or more; "" is allowed (default: "{DEFAULT_PROMPT}")')
@@ -353,6 +703,32 @@ def parse_arguments(argv):
     p.add_argument("--batch", type=positive, help="pictures made at a time (default: as many as 4096 tokens hold)")
     p.add_argument("--out", type=Path, default=Path("out"), metavar="PATH",
                    help="a .png file for one picture, else a folder (default: out)")
+    p.add_argument("--schedule", choices=("cosine", "linear"), default="cosine",
+                   help="how the tokens left to draw fall over the steps (default: cosine)")
+    p.add_argument("--like", type=Path, metavar="FILE.png",
+                   help="with the settings that a PNG of this program carries; other flags go over them")
+
+    e = p.add_argument_group("editing: the result has the size of --image; --size is the one at which the model works "
+                             "(default: the nearest that it takes)")
+    e.add_argument("--image", type=Path, metavar="P", help="the picture to edit; with --prompt alone, the tokens are redrawn "
+                   "of which the caption changes the model's opinion most")
+    e.add_argument("--source", metavar="OLD", help="the caption that the picture has now (default: the empty one)")
+    e.add_argument("--mask", type=Path, metavar="M", help="a picture of any size, stretched to that of --image: white is repainted")
+    e.add_argument("--outpaint", type=margins, metavar="LEFT,TOP,RIGHT,BOTTOM", help="pixels to add on each side")
+    e.add_argument("--feather", type=pixels, metavar="PX",
+                   help="pixels inside the mask's edge over which old turns to new (default: 0, a hard edge)")
+    e.add_argument("--strength", type=share, metavar="S", help="share of tokens redrawn, 0 to 1: at random, or with --source "
+                   "where the captions differ (default: there 0.4)")
+    e.add_argument("--score-edits", type=positive, nargs="?", const=20, metavar="N",
+                   help="print how often N edits of each kind show the new caption, and the share of other pixels kept, mask-free "
+                        "and image to image (default N: 20); for models of the world of shapes")
+    v = p.add_argument_group("seeing")
+    v.add_argument("--film", type=frames, nargs="?", const=8, metavar="N",
+                   help="also a strip (PNG) and an animation (GIF) of N moments of the run (default N: 8)")
+    v.add_argument("--film-tokens", type=frames, nargs="?", const=8, metavar="N", help="the same with the token grid over it")
+    v.add_argument("--sweep", type=axis, nargs="+", metavar="NAME=A,B", help="a labelled grid of runs, in place of the picture, "
+                   f"over one or two of {', '.join(AXES)}")
+    v.add_argument("--reconstruct", type=Path, metavar="P", help="a picture beside what the VQ model makes of it, with PSNR")
     p.add_argument("--bench", action="store_true", help="print what a batch of --n pictures takes, plainly and as it is done; "
                    "of meissonic's sizes with random weights where those are not cached (--steps 2 is enough on a CPU)")
     p.add_argument("--score", type=positive, nargs="?", const=100, metavar="N",
@@ -416,14 +792,14 @@ def read_prompts(args):
             raise UserError(f"--prompt-file {args.prompt_file}: cannot be read ({getattr(e, 'strerror', None) or 'not UTF-8'})") from None
         if not prompts:
             raise UserError(f"--prompt-file {args.prompt_file}: no prompts in it")
-    for prompt in (*prompts, args.negative):
+    for prompt in (*prompts, args.negative, args.source or ""):
         if any("\ud800" <= c <= "\udfff" for c in prompt):                # what Python makes of bytes that are not UTF-8
             raise UserError(f"prompt {prompt!r} is not valid UTF-8")
-    return prompts or [DEFAULT_PROMPT]
+    return prompts or ["" if args.image else DEFAULT_PROMPT]
 
 
-def output_paths(out, prompts, seeds):
-    """[(prompt, seed, path)]. Raises UserError if a path cannot be written; leaves nothing behind."""
+def output_paths(out, prompts, seeds, begin=""):
+    """[(prompt, seed, path)], file names starting with `begin`. Raises UserError if a path cannot be written; leaves nothing behind."""
     jobs = [(p, s) for p in prompts for s in seeds]
     if out.suffix.lower() == ".png" and len(jobs) > 1:
         raise UserError(f"--out {out} is one file, but {len(jobs)} pictures were asked for; name a folder")
@@ -447,7 +823,7 @@ def output_paths(out, prompts, seeds):
     slug = lambda p: re.sub(r"[^\w]+", "-", p.lower()).strip("-")[:60] or "empty"
     names, paths = set(), []
     for i, (p, s) in enumerate(jobs):
-        name = f"{slug(p)}-{s}"
+        name = f"{begin}{slug(p)}-{s}"
         while name in names:                                             # two prompts may share a slug
             name = f"{name}-{i}"
         names.add(name)
@@ -455,12 +831,50 @@ def output_paths(out, prompts, seeds):
     return paths
 
 
-def run(args):
-    device, why_device = choose_device(args.device)
-    dtype, rounded, why_dtype = choose_dtype(args.dtype, device, args.model)
+def check_flags(args):
+    """Raises UserError for flags that do not go together."""
     if not -2 ** 63 <= args.seed <= 2 ** 63 - args.n:
         raise UserError(f"--seed {args.seed} does not fit 64 bits")
+    if args.sweep:
+        names = [name for name, _ in args.sweep]
+        if len(names) > 2 or len({*names}) < len(names):
+            raise UserError("--sweep takes one or two different names")
+        if args.film or args.film_tokens:
+            raise UserError("--sweep and --film do not go together")
+        for seed in [int(text) for name, texts in args.sweep if name == "seed" for text in texts]:
+            if not -2 ** 63 <= seed < 2 ** 63:
+                raise UserError(f"--sweep: seed {seed} does not fit 64 bits")
+        if "strength" in names and args.strength is None:
+            args.strength = float(dict(args.sweep)["strength"][0])
+    if args.reconstruct and (args.image or args.sweep or args.film or args.film_tokens):
+        raise UserError("--reconstruct goes with no other picture, film or sweep")
+
+
+def paint(pipeline, args, edit, prompts, seeds, progress=iter, watch=None):
+    """One batch of pictures as the arguments say; of an Edit, where there is one -> tokens (B, h, w)."""
+    settings = dict(negative=args.negative, steps=args.steps, cfg=args.cfg, temperature=tuple(args.temperature),
+                    score=args.score_condition, schedule=args.schedule, progress=progress, watch=watch)
+    if edit is None:
+        return pipeline.draw(prompts, seeds, size=args.size, **settings)
+    size = args.size or pipeline.fit(*edit.picture.size)
+    tokens = edit.start(pipeline, prompts, seeds, size, args.score_condition)
+    settings["steps"] = edit.steps(args.steps)
+    return pipeline.draw(prompts, seeds, size=size, tokens=tokens, **settings)
+
+
+def finish(pipeline, edit, tokens):
+    """(B, h, w) -> list of Images, of the original's size where there is one."""
+    return [edit.finish(picture) if edit else picture for picture in pipeline.decode(tokens)]
+
+
+def run(args):
+    check_flags(args)
+    device, why_device = choose_device(args.device)
+    dtype, rounded, why_dtype = choose_dtype(args.dtype, device, args.model)
     prompts, seeds = read_prompts(args), range(args.seed, args.seed + args.n)
+    edit, text = (None, {}) if args.score or args.score_edits else read_edit(args)
+    if args.reconstruct:
+        read_picture("--reconstruct", args.reconstruct)
     try:
         folder, why_model = find_model(args.model, device, dtype)
         pipeline = Pipeline(folder, device, dtype, args.lora, rounded)
@@ -468,54 +882,95 @@ def run(args):
         if not (args.bench and args.model == "meissonic"):
             raise
         pipeline, why_model = Invented(device, dtype, rounded), "meissonic's sizes, random weights"
-    size = args.size or pipeline.size
-    pipeline.check_size(*size)
+    pipeline.check_size(*(args.size or pipeline.size))
     print(f"model: {why_model} | device: {device} ({why_device}) | dtype: {args.dtype or str(dtype)[6:]} ({why_dtype}) | "
           f"kernels: {kernel_path(device, dtype)} | seed: {args.seed}")
-    settings = dict(steps=args.steps, cfg=args.cfg, temperature=tuple(args.temperature))
     if args.bench:
         from kernels import bench                                   # measures, and is of no use to a picture
-        return bench.picture(pipeline, size, args.n, args.steps or pipeline.steps, pipeline.cfg if args.cfg is None else args.cfg)
+        return bench.picture(pipeline, args.size or pipeline.size, args.n, args.steps or pipeline.steps,
+                             pipeline.cfg if args.cfg is None else args.cfg)
+    settings = dict(negative=args.negative, size=args.size or pipeline.size, steps=args.steps, cfg=args.cfg,
+                    temperature=tuple(args.temperature), score=args.score_condition, schedule=args.schedule)
     if args.score:
-        for task, share in score_tasks(pipeline, args.score, negative=args.negative, size=size, score=args.score_condition, **settings).items():
-            print(f"{task:12} {share:.2f}")
+        for task, right in score_tasks(pipeline, args.score, **settings).items():
+            print(f"{task:12} {right:.2f}")
+    if args.score_edits:
+        print(f"{'':12} mask-free     at random\n{'':12} shows   kept  shows   kept")
+        for kind, ways in score_edits(pipeline, args.score_edits, args.strength, **settings).items():
+            print(f"{kind:12} " + "  ".join(f"{shows:5.2f}  {kept:5.2f}" for shows, kept in ways))
+    if args.score or args.score_edits:
         return
-    make_pictures(pipeline, output_paths(args.out, prompts, seeds), args.negative, size, args.score_condition, args.batch, settings)
+    if edit is None:
+        args.size = args.size or pipeline.size
+    args.steps, args.cfg = args.steps or pipeline.steps, pipeline.cfg if args.cfg is None else args.cfg
+    args.score_condition = pipeline.score_condition if args.score_condition is None else args.score_condition
+    args.model = "shapes" if folder == BUNDLED else "meissonic" if args.model == "auto" else args.model
+    args.device, args.dtype = str(device), args.dtype or str(dtype)[6:]
+    text |= {"software": SOFTWARE, "weights": fingerprint(folder, dtype)}
+    if args.like:
+        check_like(args, text)
+    make(pipeline, args, edit, prompts, seeds, text)
 
 
-def make_pictures(pipeline, jobs, negative, size, score, batch, settings):
-    """Text encoder, transformer and decoder in turn, each for all (prompt, seed, path) of `jobs`, and alone in memory.
-    Interrupted, what is painted by then is still decoded and written."""
-    score = pipeline.score_condition if score is None else score
-    text = pipeline.encode_text([negative, *(prompt for prompt, _, _ in jobs)], *size, score)
-    pipeline.release("encoder")
-    blank = pipeline.blank(len(jobs), *size)
-    batch, painted, stopped = batch or max(1, 4096 // blank[0].numel()), [], False
-    for part in torch.arange(len(jobs)).split(batch):
-        bar = lambda steps: tqdm(steps, f"pictures {part[0] + 1} to {part[-1] + 1} of {len(jobs)}" if len(jobs) > 1 else "steps")
+def make(pipeline, args, edit, prompts, seeds, text):
+    """Draw and write what the arguments, all defaults filled in, ask for; `text` goes into the PNGs beside them. Prompts are
+    encoded, then everything is painted, then decoded: each model is read once and alone in memory. Interrupted, what
+    is painted by then is still decoded and written."""
+    begin = "again-" * bool(args.like) + (f"{args.image.stem}-" if args.image else "")
+    if args.reconstruct:
+        (name, seed, path), = output_paths(args.out, [f"{args.reconstruct.stem} reconstructed"], [args.seed])
+        sheet, psnr = reconstruct(pipeline, args.reconstruct)
+        write_picture(path, sheet, settings_of(args, prompt=None) | text)
+        print(f"PSNR {psnr:.2f} dB")
+        return
+    jobs = output_paths(args.out, prompts, seeds, begin)
+    pipeline.lean = True
+    pipeline.encode_text([*prompts, args.negative, args.source or ""], *pipeline.size, 0)                # all that there are
+    if args.sweep:
+        for prompt, seed, path in jobs:
+            sheet = sweep(pipeline, args, edit, prompt, seed, lambda cells: tqdm(cells, "cells"))
+            path = path if path == args.out else path.with_name(f"{path.stem}-sweep.png")
+            write_picture(path, sheet, settings_of(args, prompt=prompt, seed=seed) | text)
+        return
+    number, steps = args.film_tokens or args.film, edit.steps(args.steps) if edit else args.steps
+    if number and number > steps + 1:
+        raise UserError(f"{steps} steps have {steps + 1} moments, --film asks for {number}")
+    width, height = args.size or pipeline.fit(*edit.picture.size)
+    batch = args.batch or max(1, MOST_TOKENS * pipeline.tokens_f ** 2 // (width * height))
+    again = args.like and len(jobs) == 1                  # in a batch as it was: rounding depends on its shape
+    painted, stopped = [], False
+    for i in range(0, len(jobs), batch):
+        part, seen = jobs[i:i + batch] * (batch if again else 1), []
+        bar = lambda steps: tqdm(steps, f"pictures {i + 1} to {i + len(part)} of {len(jobs)}" if len(jobs) > 1 else "steps")
+        watch = (lambda step, believed, masked: seen.append((believed, masked))) if number else None
         try:
-            painted += pipeline.paint(blank[part], text.rows(part + 1), text.rows([0] * len(part)),
-                                      [jobs[i][1] for i in part], progress=bar, **settings).split(1)
+            tokens = paint(pipeline, args, edit, [p for p, _, _ in part], [s for _, s, _ in part], bar, watch)
         except KeyboardInterrupt:
             stopped = True
             break
-    pipeline.release("transformer")
-    for tokens, (_, _, path) in zip(painted, jobs):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        vq.write_whole(path, lambda beside: pipeline.decode(tokens)[0].save(beside, "PNG"))
-        print(f"wrote {path}")
+        for k in [int(args.made.get("place", 0)) % batch] if again else range(len(part)):
+            painted.append((part[k], k, len(part), tokens[k:k + 1], [(b[k], m[k]) for b, m in seen]))
+    for (prompt, seed, path), k, count, tokens, seen in painted:
+        about = settings_of(args, prompt=prompt, seed=seed, batch=count) | {"place": str(k)} | text
+        write_picture(path, *finish(pipeline, edit, tokens), about)
+        if number:
+            strip = film(pipeline, seen, number, bool(args.film_tokens))
+            write_picture(path.with_name(f"{path.stem}-film.png"), side_by_side(strip), about)
+            gif = path.with_name(f"{path.stem}-film.gif")
+            vq.write_whole(gif, lambda beside: strip[0].save(beside, "GIF", save_all=True, append_images=strip[1:],
+                                                             duration=[300] * (number - 1) + [2000], loop=0))
+            print(f"wrote {gif}")
     if stopped:
         raise KeyboardInterrupt
 
 
 def main(argv=None):
-    args = parse_arguments(argv)
     try:
-        run(args)
+        run(like(sys.argv[1:] if argv is None else argv))
     except (UserError, vq.CheckpointError) as e:
         sys.exit(fail(e))
     except OSError as e:
-        sys.exit(fail(f"{e.filename or args.out}: {e.strerror or e}"))
+        sys.exit(fail(f"{e.filename or '--out'}: {e.strerror or e}"))
     except (torch.OutOfMemoryError, MemoryError):
         sys.exit(fail("out of memory: lower --size, --batch or --n, or use --dtype bfloat16"))
     except RuntimeError as e:

@@ -256,7 +256,8 @@ def picture(pipeline, size, number, steps, guidance):
             if name == "fast":
                 pipeline.release("encoder")
                 pipeline.release("vq")
-            blank, model, seeds = pipeline.blank(number, *size), pipeline.transformer, list(range(number))
+            grid, model, seeds = [side // pipeline.tokens_f for side in size[::-1]], pipeline.transformer, list(range(number))
+            blank = torch.full((number, *grid), pipeline.mask_token, device=pipeline.device)
             run = lambda steps: meissonic.sample(model, text, against, blank, seeds, steps, guidance,
                                                  convention=pipeline.convention, plain=name == "plain")
             start = now(cuda)

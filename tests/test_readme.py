@@ -8,11 +8,12 @@ from functools import lru_cache
 
 import pytest
 from common import ROOT
+from PIL import Image
 
 import sample
 
 SET_UP = "pip install -r requirements.txt && "
-TOP = {"clip.py", "vq.py", "meissonic.py", "data.py", "train.py", "sample.py", "kernels", "tests", "weights", "README.md",
+TOP = {"clip.py", "vq.py", "meissonic.py", "data.py", "train.py", "sample.py", "kernels", "tests", "weights", "gallery", "README.md",
        "requirements.txt", "LICENSE", ".gitignore", ".ci"}
 
 
@@ -113,6 +114,19 @@ def test_links_and_pictures_are_there():
     assert [t for t in targets if not re.match(r"https?:|mailto:", t) and not (ROOT / t).exists()] == []
     start = readme()[:3000]
     assert re.search(r"!\[|<img", start), "pictures near the top"
+
+
+def test_the_gallery_is_made_by_the_commands_beside_it():
+    """Each PNG tells the settings of its command; all are small."""
+    files = [p for p in (ROOT / "gallery").iterdir()]
+    assert files and sum(p.stat().st_size for p in files) <= 1.5e6
+    made = [sample.parse_arguments(call) for call in calls_of("sample.py") if "gallery" in " ".join(call) and "--out" in call]
+    assert len(made) >= 5
+    for args in made:
+        with Image.open(ROOT / args.out) as picture:
+            about = picture.text
+        asked = {k: v for k, v in sample.settings_of(args, prompt=args.prompt[0]).items() if k not in ("device", "dtype", "batch", "size")}
+        assert {k: about.get(k) for k in asked} == asked, args.out
 
 
 def test_what_the_readme_reports():

@@ -31,24 +31,6 @@ SMALL = ("--model", MODEL, "--device", "cpu", "--dtype", "float32", "--size", 64
 PARTS = {"transformer": "diffusion_pytorch_model", "vqvae": "diffusion_pytorch_model", "text_encoder": "model"}
 
 
-@pytest.fixture
-def cli(capsys, tmp_path, monkeypatch):
-    """cli(*arguments) -> (exit status, stdout, stderr), run in an empty folder."""
-    here = tmp_path / "here"
-    here.mkdir()
-    monkeypatch.chdir(here)
-
-    def call(*arguments):
-        try:
-            sample.main([str(a) for a in arguments])
-            status = 0
-        except SystemExit as stop:
-            status = stop.code
-        out, err = capsys.readouterr()
-        return status, out, err
-    return call
-
-
 def tree(folder):
     return sorted(str(p.relative_to(folder)) for p in Path(folder).rglob("*"))
 
@@ -407,7 +389,7 @@ def test_control_c_leaves_no_half_file(tmp_path):
 
 
 def test_a_write_that_fails_leaves_nothing(cli, monkeypatch):
-    def half(self, path, *_):
+    def half(self, path, *_, **__):
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device", str(path))
     monkeypatch.setattr(Image.Image, "save", half)
@@ -676,7 +658,8 @@ def test_every_flag_has_help(cli):
     status, out, _ = cli("--help")
     assert status == 0
     for flag in ("--prompt", "--prompt-file", "--negative", "--steps", "--cfg", "--size", "--n", "--seed", "--temperature",
-                 "--score-condition", "--model", "--device", "--dtype", "--out", "--score"):
+                 "--score-condition", "--model", "--device", "--dtype", "--out", "--score", "--image", "--mask", "--outpaint", "--feather",
+                 "--strength", "--source", "--schedule", "--score-edits", "--film", "--film-tokens", "--sweep", "--reconstruct", "--like"):
         assert f"  {flag} " in out or f"  {flag}\n" in out
 
 
