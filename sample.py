@@ -801,7 +801,7 @@ def run(args):
     args.steps, args.cfg = args.steps or pipeline.steps, pipeline.cfg if args.cfg is None else args.cfg
     args.score_condition = pipeline.score_condition if args.score_condition is None else args.score_condition
     args.model = "shapes" if folder == BUNDLED else "meissonic" if args.model == "auto" else args.model
-    args.device, args.dtype = str(device), str(dtype)[6:]
+    args.device, args.dtype = str(device), args.dtype or str(dtype)[6:]
     text |= {"software": SOFTWARE, "weights": fingerprint(folder, dtype)}
     if args.like:
         check_like(args, text)
