@@ -1,13 +1,11 @@
 """What pytest hands to tests by name."""
-import common                                                             # noqa: F401  so that sample is found
 import pytest
-
-import sample
 
 
 @pytest.fixture
 def cli(capsys, tmp_path, monkeypatch):
     """cli(*arguments) -> (exit status, stdout, stderr), run in an empty folder."""
+    import sample                                  # not above: some tests set the environment before kernels is imported
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)

@@ -392,6 +392,13 @@ def test_like_notices_other_inputs(cli):
 # Bad input
 
 
+@lru_cache
+def huge():
+    file = io.BytesIO()
+    Image.new("1", (20000, 20000)).save(file, "PNG")
+    return file.getvalue()
+
+
 @pytest.fixture
 def files(cli):
     noise(64, 64).save("p.png")
@@ -400,9 +407,7 @@ def files(cli):
     Path("cut.png").write_bytes(whole[:len(whole) // 2])
     Path("none.png").write_bytes(b"not a picture")
     Path("empty.png").touch()
-    header = io.BytesIO()
-    Image.new("1", (20000, 20000)).save(header, "PNG")
-    Path("huge.png").write_bytes(header.getvalue())
+    Path("huge.png").write_bytes(huge())
 
 
 @pytest.mark.parametrize("name", ("nowhere.png", "cut.png", "none.png", "empty.png", "huge.png", "."))
