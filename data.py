@@ -317,20 +317,20 @@ def spoil(rng, picture, degree):
     return Image.fromarray((np.asarray(blurred) + cast + noise).clip(0, 255).astype(np.uint8))
 
 
-def training_example(rng, size, concepts=0.0):
+def training_example(rng, size, concepts=0.0, odd=0.25):
     """One example with its micro conditions -> (uint8 (size, size, 3), caption, (5,) float32: original width and
-    height, crop top and left, score). As in photographs, one in four is a crop of a larger picture, and one in
-    four is spoilt, which its score tells: CLEAN less 4 at the worst. `concepts` is the share of single concepts."""
+    height, crop top and left, score). As in photographs, the share `odd` are crops of a larger picture, and as many are
+    spoilt, which their score tells: CLEAN less 4 at the worst. `concepts` is the share of single concepts."""
     make = (lambda: concept(rng, size)) if rng.random() < concepts else (lambda: sample_example(rng))
     while held_out((made := make())[0]):
         pass
     text, scene, _ = made
     side, left, top, score = size, 0, 0, CLEAN
-    if rng.random() < 0.25:
+    if rng.random() < odd:
         side = int(rng.integers(size, size * 5 // 4 + 1))
         left, top = (int(i) for i in rng.integers(0, side - size + 1, 2))
     picture = draw(scene, side).crop((left, top, left + size, top + size))
-    if rng.random() < 0.25:
+    if rng.random() < odd:
         degree = float(rng.random())
         picture, score = spoil(rng, picture, degree), CLEAN - 4 * degree
     return np.asarray(picture), text, np.array([side, side, top, left, score], np.float32)

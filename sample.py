@@ -39,6 +39,7 @@ DEFAULT_PROMPT = "a red circle above a blue square on a white background"
 ROUNDED = dict(int8=torch.int8, fp8=torch.float8_e4m3fn)
 PARTS = ("transformer", "vqvae", "text_encoder")
 MOST_TOKENS = 4096                                # of a batch, and of an edit unless --size says otherwise
+TURN = 32                                         # pictures that are painted before they are decoded and written
 SHARE = 0.4                                       # of the tokens that mask-free editing draws anew
 
 
@@ -495,6 +496,15 @@ def film(pipeline, seen, number, grid=False):
     return frames
 
 
+def write_film(path, frames, text):
+    """Beside the picture at `path` a strip, NAME-film.png, and an animation, NAME-film.gif."""
+    write_picture(path.with_name(f"{path.stem}-film.png"), side_by_side(frames), text)
+    gif = path.with_name(f"{path.stem}-film.gif")
+    vq.write_whole(gif, lambda beside: frames[0].save(beside, "GIF", save_all=True, append_images=frames[1:],
+                                                      duration=[300] * (len(frames) - 1) + [2000], loop=0))
+    print(f"wrote {gif}")
+
+
 def side_by_side(pictures):
     """One row of RGB pictures of equal height, white between them."""
     gap = np.full((pictures[0].height, 4, 3), 255, np.uint8)
@@ -913,9 +923,9 @@ def run(args):
 
 
 def make(pipeline, args, edit, prompts, seeds, text):
-    """Draw and write what the arguments, all defaults filled in, ask for; `text` goes into the PNGs beside them. Prompts are
-    encoded, then everything is painted, then decoded: each model is read once and alone in memory. Interrupted, what
-    is painted by then is still decoded and written."""
+    """Draw and write what the arguments, all defaults filled in, ask for; `text` goes into the PNGs beside them. All prompts
+    are encoded, then TURN pictures painted, then those decoded: each model is alone in memory and seldom read.
+    Interrupted, what is painted by then is still decoded and written."""
     begin = "again-" * bool(args.like) + (f"{args.image.stem}-" if args.image else "")
     if args.reconstruct:
         (name, seed, path), = output_paths(args.out, [f"{args.reconstruct.stem} reconstructed"], [args.seed])
@@ -938,30 +948,27 @@ def make(pipeline, args, edit, prompts, seeds, text):
     width, height = args.size or pipeline.fit(*edit.picture.size)
     batch = args.batch or max(1, MOST_TOKENS * pipeline.tokens_f ** 2 // (width * height))
     again = args.like and len(jobs) == 1                  # in a batch as it was: rounding depends on its shape
-    painted, stopped = [], False
-    for i in range(0, len(jobs), batch):
-        part, seen = jobs[i:i + batch] * (batch if again else 1), []
-        bar = lambda steps: tqdm(steps, f"pictures {i + 1} to {i + len(part)} of {len(jobs)}" if len(jobs) > 1 else "steps")
-        watch = (lambda step, believed, masked: seen.append((believed, masked))) if number else None
-        try:
-            tokens = paint(pipeline, args, edit, [p for p, _, _ in part], [s for _, s, _ in part], bar, watch)
-        except KeyboardInterrupt:
-            stopped = True
-            break
-        for k in [int(args.made.get("place", 0)) % batch] if again else range(len(part)):
-            painted.append((part[k], k, len(part), tokens[k:k + 1], [(b[k], m[k]) for b, m in seen]))
-    for (prompt, seed, path), k, count, tokens, seen in painted:
-        about = settings_of(args, prompt=prompt, seed=seed, batch=count) | {"place": str(k)} | text
-        write_picture(path, *finish(pipeline, edit, tokens), about)
-        if number:
-            strip = film(pipeline, seen, number, bool(args.film_tokens))
-            write_picture(path.with_name(f"{path.stem}-film.png"), side_by_side(strip), about)
-            gif = path.with_name(f"{path.stem}-film.gif")
-            vq.write_whole(gif, lambda beside: strip[0].save(beside, "GIF", save_all=True, append_images=strip[1:],
-                                                             duration=[300] * (number - 1) + [2000], loop=0))
-            print(f"wrote {gif}")
-    if stopped:
-        raise KeyboardInterrupt
+    turn = batch * max(1, TURN // batch)
+    for start in range(0, len(jobs), turn):
+        painted, stopped = [], False
+        for i in range(start, min(start + turn, len(jobs)), batch):
+            part, seen = jobs[i:i + batch] * (batch if again else 1), []
+            bar = lambda steps: tqdm(steps, f"pictures {i + 1} to {i + len(part)} of {len(jobs)}" if len(jobs) > 1 else "steps")
+            watch = (lambda step, believed, masked: seen.append((believed, masked))) if number else None
+            try:
+                tokens = paint(pipeline, args, edit, [p for p, _, _ in part], [s for _, s, _ in part], bar, watch)
+            except KeyboardInterrupt:
+                stopped = True
+                break
+            for k in [int(args.made.get("place", 0)) % batch] if again else range(len(part)):
+                painted.append((part[k], k, len(part), tokens[k:k + 1], [(b[k], m[k]) for b, m in seen]))
+        for (prompt, seed, path), k, count, tokens, seen in painted:
+            about = settings_of(args, prompt=prompt, seed=seed, batch=count) | {"place": str(k)} | text
+            write_picture(path, *finish(pipeline, edit, tokens), about)
+            if number:
+                write_film(path, film(pipeline, seen, number, bool(args.film_tokens)), about)
+        if stopped:
+            raise KeyboardInterrupt
 
 
 def main(argv=None):

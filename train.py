@@ -59,8 +59,8 @@ import sample
 import vq
 
 # One line for each stage: size x size pixels, global batch, steps, peak learning rate, that of the text encoder in
-# its share (0: frozen), compression layers or none, how many pictures of the world of shapes are drawn and which share
-# of them shows a single concept.
+# its share (0: frozen), compression layers or none, how many pictures of the world of shapes are drawn, which share of
+# them shows a single concept, and which is cropped and which spoilt (odd, a quarter each unless it is said).
 # vq: steps as an autoencoder (warm), the step at which the discriminator joins (adversary), pictures drawn (pool).
 PRESETS = {
     "shapes": {                                              # f = 4: 8 x 8, 16 x 16, then 32 x 32 tokens
@@ -70,10 +70,11 @@ PRESETS = {
         "3": dict(size=128, batch=64, steps=12_000, lr=6e-4, text=0.3, compress=True, pictures=400_000, concepts=0.2),
         "4": dict(size=128, batch=64, steps=3000, lr=1e-4, text=1.0, compress=True, pictures=100_000),
     },
-    "cpu": {                                                 # compressed from the start: 4 x 4, then 8 x 8 positions
+    "cpu": {                                                 # compressed from the start; first what things are, then scenes
         "vq": dict(size=64, batch=32, steps=3600, lr=2e-3, warm=800, adversary=3600, pool=12_000),
-        "1": dict(size=32, batch=64, steps=1500, lr=1.2e-3, text=0.3, compress=True, pictures=100_000, concepts=1.0),
-        "2": dict(size=64, batch=48, steps=6000, lr=1.2e-3, text=0.3, compress=True, pictures=150_000, concepts=0.45),
+        "1": dict(size=32, batch=64, steps=3600, lr=1.2e-3, text=0.3, compress=True, pictures=150_000, concepts=1.0, odd=0.0),
+        "2": dict(size=64, batch=48, steps=2000, lr=1.2e-3, text=0.3, compress=True, pictures=120_000, concepts=0.7, odd=0.0),
+        "3": dict(size=64, batch=48, steps=6600, lr=1.2e-3, text=0.3, compress=True, pictures=130_000, concepts=0.25, odd=0.08),
     },
     "paper": {                                               # f = 16, the published sizes; steps and batches of section 2.5
         "vq": dict(size=256, batch=256, steps=200_000, lr=1e-4, warm=5000, adversary=100_000, pool=200_000),
@@ -464,15 +465,16 @@ def look(run, stage, step, number=16):
 
 class World:
     """`number` examples of the world of shapes; the i-th comes from a generator seeded with (seed, stage, i)."""
-    def __init__(self, seed, stage, size, number, concepts=0.0):
+    def __init__(self, seed, stage, size, number, concepts=0.0, odd=0.25):
         self.skipped = []
-        self.key, self.size, self.number, self.concepts = [seed, STAGES.index(stage), 2 ** 32], size, number, concepts
+        self.key, self.size, self.number = [seed, STAGES.index(stage), 2 ** 32], size, number
+        self.concepts, self.odd = concepts, odd
 
     def __len__(self):
         return self.number
 
     def __getitem__(self, i):                                    # -> (size, size, 3) uint8, caption, micro (5,) float32
-        return data.training_example(np.random.default_rng([*self.key, i]), self.size, self.concepts)
+        return data.training_example(np.random.default_rng([*self.key, i]), self.size, self.concepts, self.odd)
 
 
 class Disk:
@@ -494,7 +496,12 @@ def source_of(run, stage):
     preset = run.stages[stage]
     if run.data:
         return Disk(run.data, run.seed, preset["size"])
-    return World(run.seed, stage, preset["size"], preset.get("pictures") or preset["pool"], preset.get("concepts", 0.0))
+    return World(run.seed, stage, preset["size"], preset.get("pictures") or preset["pool"], *mixture(preset))
+
+
+def mixture(preset):
+    """Shares of single concepts, and of cropped and of spoilt pictures."""
+    return preset.get("concepts", 0.0), preset.get("odd", 0.25)
 
 
 def pixels(pictures):
@@ -517,7 +524,7 @@ def encode(run, stage, chunk=1000):
     model = model.to(memory_format=torch.channels_last)                      # 1.25x on a CPU
     files = [p for part in ("vqvae", "tokenizer") for p in sorted((run.out / part).iterdir()) if p.is_file()]
     about = {"source": f"{run.data or 'shapes'}, {len(source)} pictures, seed {run.seed}, {run.stages[stage]['size']} px, "
-                       f"concepts {run.stages[stage].get('concepts', 0.0)}, "
+                       f"concepts and odd {mixture(run.stages[stage])}, "
                        f"{[zlib.crc32(p.read_bytes()) for p in files]}"}
     folder.mkdir(parents=True, exist_ok=True)
     count = math.ceil(len(source) / chunk)
