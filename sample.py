@@ -40,7 +40,6 @@ ROUNDED = dict(int8=torch.int8, fp8=torch.float8_e4m3fn)
 PARTS = ("transformer", "vqvae", "text_encoder")
 MOST_TOKENS = 4096                                # of a batch, and of an edit unless --size says otherwise
 TURN = 32                                         # pictures that are painted before they are decoded and written
-SHARE = 0.4                                       # of the tokens that mask-free editing draws anew
 
 
 class UserError(Exception):
@@ -338,16 +337,15 @@ def score_edits(pipeline, number=20, strength=None, progress=tqdm, **settings):
     table, side = {}, min(settings.pop("size", None) or pipeline.size)
     steps, size = settings.pop("steps", None) or pipeline.steps, (side, side)
     for kind in progress(data.EDITS):
-        rng, seeds = np.random.default_rng([0, data.EDITS.index(kind)]), list(range(number))
-        tasks = [data.sample_edit(rng, kind, side) for _ in seeds]
-        free = [Edit(t.picture, strength=SHARE if strength is None else strength, source=t.old) for t in tasks]
-        table[kind] = ()
-        for edits in (free, [replace(edit, source=None) for edit in free]):
-            starts = [e.start(pipeline, [t.new], [s], size, settings.get("score")) for e, t, s in zip(edits, tasks, seeds)]
-            pictures = pipeline([t.new for t in tasks], seeds, size=size, tokens=torch.cat(starts),
-                                steps=edits[0].steps(steps), **settings)
-            kept = [(data.named(p) == data.named(t.picture))[t.keep].mean() for p, t in zip(pictures, tasks)]
-            table[kind] += ((float(np.mean([data.shows(p, t.claim) for p, t in zip(pictures, tasks)])), float(np.mean(kept))),)
+        rng, results = np.random.default_rng([0, data.EDITS.index(kind)]), []
+        for seed in range(number):
+            task = data.sample_edit(rng, kind, side)
+            for source in (task.old, None):
+                edit = Edit(task.picture, strength=strength if source else edit.share, source=source)
+                tokens = edit.start(pipeline, [task.new], [seed], size, settings.get("score"))
+                picture, = pipeline([task.new], [seed], size=size, tokens=tokens, steps=edit.steps(steps), **settings)
+                results.append((data.shows(picture, task.claim), (data.named(picture) == data.named(task.picture))[task.keep].mean()))
+        table[kind] = tuple(tuple(np.mean(results[way::2], 0).tolist()) for way in (0, 1))
     return table
 
 
@@ -358,7 +356,8 @@ def score_edits(pipeline, number=20, strength=None, progress=tqdm, **settings):
 @dataclass
 class Edit:
     """What of a picture is drawn anew: the tokens that `mask` touches, or, without one, the share `strength` of all,
-    those of which the caption changes the model's opinion most, or, without a `source`, any.
+    those of which the caption changes the model's opinion most, or, without a `source`, any. Without a strength the
+    opinions themselves say where those that change end (`split`).
 
     picture   RGB or RGBA Image, upright and as large as the result; its transparent parts are white to the model
     mask      (H, W) bool; outside it the result is the picture, byte for byte
@@ -368,13 +367,16 @@ class Edit:
     picture: Image.Image
     mask: np.ndarray | None = None
     feather: int = 0
-    strength: float = SHARE
+    strength: float | None = None
     source: str | None = None
     encoded: dict = field(default_factory=dict, repr=False, compare=False)       # {size: tokens (1, h, w)} of the picture
 
+    def __post_init__(self):
+        self.share = self.strength                            # of the last batch that was started
+
     def steps(self, steps):
-        """Of the `steps` of a whole picture the last ones, as many as the strength asks for."""
-        return steps if self.mask is not None else max(1, round(self.strength * steps))
+        """Of the `steps` of a whole picture the last ones, as many as the strength asks for; all until it is known."""
+        return steps if self.share is None else max(1, round(self.share * steps))
 
     def start(self, pipeline, prompts, seeds, size, score=None):
         """-> (B, h, w) tokens of the picture at `size`, one for each prompt and seed, masked where to draw."""
@@ -385,8 +387,9 @@ class Edit:
         if self.mask is not None:
             redraw = torch.from_numpy(shrink(self.mask, *tokens.shape[1:])).to(tokens.device)             # (h, w)
             return tokens.masked_fill(redraw, pipeline.mask_token)
-        order = self.rank(pipeline, tokens, prompts, seeds, score).flatten(1).argsort(descending=True, stable=True)
-        order = order[:, :round(self.strength * order.shape[1])]
+        rank = self.rank(pipeline, tokens, prompts, seeds, score).flatten(1)                              # (B, h w)
+        self.share = split(rank) if self.strength is None else self.strength
+        order = rank.argsort(descending=True, stable=True)[:, :round(self.share * rank.shape[1])]
         return tokens.flatten(1).scatter(1, order, pipeline.mask_token).view(tokens.shape)
 
     def rank(self, pipeline, tokens, prompts, seeds, score):
@@ -407,6 +410,14 @@ class Edit:
         if self.mask is None:
             return painted
         return Image.composite(painted.convert(self.picture.mode), self.picture, feathered(self.mask, self.feather))
+
+
+def split(x):
+    """(B, n) -> the share of high values among them: Otsu's split (1979), whose two sides' means lie furthest apart for
+    their sizes; the largest of the batch, whose pictures must have equally many tokens to draw."""
+    high, k, n = x.sort(descending=True).values.cumsum(1)[:, :-1].double(), torch.arange(1, x.shape[1], device=x.device), x.shape[1]
+    gap = high / k - (x.double().sum(1, keepdim=True) - high) / (n - k)
+    return ((k * (n - k) * gap ** 2).argmax(1).max().item() + 1) / n
 
 
 def shrink(mask, h, w):
@@ -464,7 +475,6 @@ def read_edit(args):
         picture = Image.fromarray(np.pad(np.asarray(picture), ((top, bottom), (left, right), (0, 0)), "edge"))
     if mask is None:                                          # so that the PNG says it too
         args.source = "" if not asked else args.source
-        args.strength = SHARE if args.strength is None else args.strength
     return Edit(picture, mask, args.feather or 0, args.strength, args.source), text
 
 
@@ -728,7 +738,7 @@ def parse_arguments(argv):
     e.add_argument("--feather", type=pixels, metavar="PX",
                    help="pixels inside the mask's edge over which old turns to new (default: 0, a hard edge)")
     e.add_argument("--strength", type=share, metavar="S", help="share of tokens redrawn, 0 to 1: at random, or with --source "
-                   "where the captions differ (default: there 0.4)")
+                   "where the captions differ (default: there as many as do)")
     e.add_argument("--score-edits", type=positive, nargs="?", const=20, metavar="N",
                    help="print how often N edits of each kind show the new caption, and the share of other pixels kept, mask-free "
                         "and image to image (default N: 20); for models of the world of shapes")
@@ -961,9 +971,10 @@ def make(pipeline, args, edit, prompts, seeds, text):
                 stopped = True
                 break
             for k in [int(args.made.get("place", 0)) % batch] if again else range(len(part)):
-                painted.append((part[k], k, len(part), tokens[k:k + 1], [(b[k], m[k]) for b, m in seen]))
-        for (prompt, seed, path), k, count, tokens, seen in painted:
-            about = settings_of(args, prompt=prompt, seed=seed, batch=count) | {"place": str(k)} | text
+                more = dict(zip(("prompt", "seed"), part[k]), batch=len(part)) | ({"strength": edit.share} if edit else {})
+                about = settings_of(args, **more) | {"place": str(k)} | text
+                painted.append((part[k][2], about, tokens[k:k + 1], [(b[k], m[k]) for b, m in seen]))
+        for path, about, tokens, seen in painted:
             write_picture(path, *finish(pipeline, edit, tokens), about)
             if number:
                 write_film(path, film(pipeline, seen, number, bool(args.film_tokens)), about)
