@@ -907,7 +907,7 @@ def run(args):
           f"kernels: {kernel_path(device, dtype)} | seed: {args.seed}")
     if args.bench:
         from kernels import bench                                   # measures, and is of no use to a picture
-        return bench.picture(pipeline, args.size or pipeline.size, args.n, args.steps or pipeline.steps,
+        return bench.picture(meissonic, pipeline, args.size or pipeline.size, args.n, args.steps or pipeline.steps,
                              pipeline.cfg if args.cfg is None else args.cfg)
     settings = dict(negative=args.negative, size=args.size or pipeline.size, steps=args.steps, cfg=args.cfg,
                     temperature=tuple(args.temperature), score=args.score_condition, schedule=args.schedule)

@@ -20,7 +20,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
-import meissonic
 from kernels._triton import triton
 from kernels.attention import attention_fused, attention_plain, library_attention
 from kernels.cross_entropy import linear_cross_entropy_plain, linear_cross_entropy_triton
@@ -231,12 +230,13 @@ def report(case, device, dtype, ceiling):
 # A whole picture: `python sample.py --bench`
 
 
-def picture(pipeline, size, number, steps, guidance):
+def picture(meissonic, pipeline, size, number, steps, guidance):
     """Print what a batch of pictures takes on the plain path (MEISSONIC_KERNELS=plain, meissonic.plain_path, all models in
-    memory, nothing in 8 bits) and as sample.py does it, in one run, and how far the two agree."""
+    memory, nothing in 8 bits) and as sample.py does it, in one run, and how far the two agree. `meissonic` is that module:
+    nothing here knows it."""
     rounded, cuda, dtype = pipeline.rounded, pipeline.device.type == "cuda", pipeline.dtype
     prompts = [f"picture {i}" for i in range(number)]
-    flops = step_flops(pipeline, size, guidance) * number
+    flops = step_flops(meissonic, pipeline, size, guidance) * number
     top = ceilings(pipeline.device, dtype)[1] if cuda else product_rate(pipeline.device, dtype, 2048)
     print(f"{size[0]}x{size[1]}, batch {number}, {steps} steps, guidance {guidance}: {flops / 1e12:.3g} TFLOP for a step; a large "
           f"matrix product reaches {top / 1e12:.3g} TFLOP/s in {str(dtype)[6:]}")
@@ -265,7 +265,7 @@ def picture(pipeline, size, number, steps, guidance):
             first, start = now(cuda) - start, now(cuda)
             tokens = run(steps)
             times.append(now(cuda) - start)
-            looks[name] = agreement_inputs(model, text, against, tokens, guidance, plain=name == "plain")
+            looks[name] = one_step(meissonic, model, text, against, tokens, guidance, plain=name == "plain")
             del model, run
             if name == "fast":
                 pipeline.release("transformer")
@@ -282,7 +282,7 @@ def picture(pipeline, size, number, steps, guidance):
           f"and {(drawn == again).float().mean():.2%} of the tokens drawn are the same")
 
 
-def agreement_inputs(model, text, against, tokens, guidance, plain):
+def one_step(meissonic, model, text, against, tokens, guidance, plain):
     """Logits (B, M, V) and draws (B, M) of one step at every second position, on the path given."""
     B, count = len(tokens), tokens[0].numel()
     positions = torch.arange(0, count, 2, device=tokens.device).expand(B, -1)
@@ -295,7 +295,7 @@ def agreement_inputs(model, text, against, tokens, guidance, plain):
     return logits.float().cpu(), drawn.cpu()
 
 
-def step_flops(pipeline, size, guidance):
+def step_flops(meissonic, pipeline, size, guidance):
     """Floating-point operations of one picture's step as the SPEC counts them: both passes through the blocks and the head
     at all positions, by PyTorch's count, on tensors without storage. Adaptive norms are left out: once for a picture."""
     config = pipeline.transformer.config

@@ -15,6 +15,7 @@ import kernels
 import meissonic
 import sample
 import vq
+from kernels import bench
 from kernels.attention import attention_by_head, attention_plain
 
 SEED = st.integers(0, 2 ** 16)
@@ -264,9 +265,8 @@ def test_step_flops_are_those_of_the_products():
     """2 operations for each weight and position of the blocks and the head; 4 S^2 C for an attention."""
     pipeline = sample.Pipeline(sample.BUNDLED)
     c, width, rows, words = pipeline.transformer.config, 192, 64, 32
-    from kernels import bench
     both = c.num_layers * 24 * width ** 2 * (rows + words) + c.num_single_layers * 24 * width ** 2 * (rows + words)
     attention = (c.num_layers + c.num_single_layers) * 4 * (rows + words) ** 2 * width
     ends = 2 * width ** 2 * (256 * (1 + 1 + 1 + 1) + rows * 2) + 2 * 256 * width * c.codebook_size
-    assert bench.step_flops(pipeline, (64, 64), 1) == pytest.approx(both + attention + ends, rel=0.01)
-    assert bench.step_flops(pipeline, (64, 64), 3.0) == 2 * bench.step_flops(pipeline, (64, 64), 1)
+    assert bench.step_flops(meissonic, pipeline, (64, 64), 1) == pytest.approx(both + attention + ends, rel=0.01)
+    assert bench.step_flops(meissonic, pipeline, (64, 64), 3.0) == 2 * bench.step_flops(meissonic, pipeline, (64, 64), 1)
