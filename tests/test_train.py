@@ -479,7 +479,7 @@ def test_each_process_reads_its_own_part(monkeypatch):
 
 @pytest.mark.parametrize("arguments", (["--steps", "0", "--stage", "vq"], ["--steps", "5"], ["--stage", "nothing"],
                                        ["--steps", "5", "--stage", "tokenizer"], ["--speed", "1"], ["--device", "nothing"],
-                                       ["--data", "/nowhere"], ["--preset", "cpu", "--stage", "3"], ["--shard"],
+                                       ["--data", "/nowhere"], ["--preset", "cpu", "--stage", "4"], ["--shard"],
                                        ["--init", "/nowhere"], ["--without", "everything"], ["--lora", "0"]))
 def test_bad_arguments(arguments, tmp_path, monkeypatch, capsys):
     shrink(monkeypatch)
