@@ -654,17 +654,6 @@ def test_the_bundled_model_follows_captions():
     assert shares["overall"] >= 0.4, shares
 
 
-def test_the_score_condition_tells_how_clean_to_draw():
-    """Asked for a low score the bundled model draws what is spoilt: pixels lie further from the colours of the palette."""
-    pipeline = sample.Pipeline(sample.BUNDLED)
-    prompts = [text for text, _ in data.test_claims("colours", 8)]
-    palette = np.array(list(data.COLOURS.values()), float)
-    def mess(score):
-        pixels = np.stack([np.asarray(p, float) for p in pipeline(prompts, list(range(8)), score=score)])
-        return np.abs(pixels[..., None, :] - palette).sum(-1).min(-1).mean()
-    assert mess(2.0) > 1.5 * mess(6.0)
-
-
 def test_every_flag_has_help(cli):
     status, out, _ = cli("--help")
     assert status == 0
