@@ -39,7 +39,8 @@ COLOURS = dict(red=(214, 32, 38), orange=(255, 140, 0), yellow=(250, 225, 40), g
 SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond", "cross", "arrow")
 LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 NOUNS = SHAPES + LETTERS
-SIZES = dict(small=(0.12, 0.145), large=(0.19, 0.235))        # half the larger side, share of the picture
+CELL = 1 / 16                                                 # of the picture: centres and sizes are multiples of it
+SIZES = dict(small=2 * CELL, large=3 * CELL)                  # half the larger side
 COUNTS = {1: "a", 2: "two", 3: "three", 4: "four"}
 RELATIONS = {"left": ("left of", "to the left of"), "right": ("right of", "to the right of"),
              "above": ("above", "over"), "below": ("below", "under")}
@@ -80,7 +81,7 @@ class Item:
 
     @property
     def size(self):
-        return "small" if self.r < 0.168 else "large"          # midway between the two ranges of SIZES
+        return "small" if self.r < sum(SIZES.values()) / 2 else "large"
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def held_out(text):
 
 def sample_scene(rng, claim):
     """Draw a Scene that shows the Claim: what the caption leaves open is drawn at random, objects keep a gap
-    of 5% of the picture, and a relation holds with the two objects wholly apart along its axis."""
+    of a CELL, and a relation holds with the two objects wholly apart along its axis."""
     while True:
         background = claim.background
         if background is None:
@@ -190,20 +191,26 @@ def sample_scene(rng, claim):
                     choices = [c for c in COLOURS if c != background and (c, thing.noun) not in HELD_OUT]
                     same = [i.colour for i in items if i.noun == thing.noun]      # "three stars": mostly alike
                     colour = same[0] if same and rng.random() < 0.75 else _pick(rng, choices)
-                items.append(Item(thing.noun, colour, 0, 0, float(rng.uniform(*SIZES[size]))))
+                items.append(Item(thing.noun, colour, 0, 0, SIZES[size]))
         placed = _place(rng, items, claim.relation)
         if placed:
             return Scene(background, placed)
 
 
-def _place(rng, items, relation, gap=0.05, tries=64):
-    """The first of `tries` random placements that keeps all objects apart and the relation true, or None."""
+def _anywhere(rng, r, *shape):
+    """Centres on the grid of CELL, (*shape, len(r), 2), at which objects of half-size r keep a CELL from the edge."""
+    r = np.asarray(r)[:, None]
+    return CELL * rng.integers(np.ceil(r / CELL) + 1, np.floor((1 - r) / CELL), (*shape, len(r), 2))
+
+
+def _place(rng, items, relation, tries=64):
+    """The first of `tries` random placements that keeps all objects a CELL apart and the relation true, or None."""
     r = np.array([i.r for i in items])
-    xy = rng.uniform(r[:, None] + 0.03, 0.97 - r[:, None], (tries, len(items), 2))
+    xy = _anywhere(rng, r, tries)
     i, j = np.triu_indices(len(items), 1)
-    fits = (np.abs(xy[:, i] - xy[:, j]).max(-1) > r[i] + r[j] + gap).all(-1)                 # (tries,)
+    fits = (np.abs(xy[:, i] - xy[:, j]).max(-1) >= r[i] + r[j] + CELL).all(-1)               # (tries,)
     if relation:
-        fits &= _offset(relation, xy[:, 0].T, xy[:, 1].T) > r[0] + r[1] + gap
+        fits &= _offset(relation, xy[:, 0].T, xy[:, 1].T) >= r[0] + r[1] + CELL
     if not fits.any():
         return None
     return tuple(replace(i, x=float(x), y=float(y)) for i, (x, y) in zip(items, xy[fits.argmax()]))
@@ -298,15 +305,16 @@ def example(rng, size, task=None):
 
 
 def concept(rng, size):
-    """One object at any scale from 8 pixels up to most of a picture of `size` pixels: what things are, before where
-    and how many they are -> (caption, Scene, Claim)."""
+    """One object anywhere: what things are, before where and how many they are -> (caption, Scene, Claim). In a picture
+    of under 64 pixels, where it could hardly be told, it is drawn at twice the scale: as a cut from a larger one."""
     noun = _pick(rng, LETTERS if rng.random() < 0.3 else SHAPES)
     colour = _colour(rng, noun)
     background = _pick(rng, [c for c in COLOURS if c != colour])
     claim = Claim("single", (Thing(noun, colour if rng.random() < 0.75 else None),), None,
                   background if rng.random() < 0.6 else None)
-    r = float(np.exp(rng.uniform(np.log(min(max(0.12, 8 / size), 0.4)), np.log(0.46))))
-    x, y = rng.uniform(r + 0.01, 0.99 - r, 2)
+    cell = 2 * CELL if size < 64 else CELL
+    r = cell * _pick(rng, (2, 3))
+    x, y = cell * rng.integers(round(r / cell), round((1 - r) / cell) + 1, 2)
     return caption(rng, claim), Scene(background, (Item(noun, colour, float(x), float(y), r),)), claim
 
 

@@ -61,7 +61,8 @@ import vq
 # One line for each stage: size x size pixels, global batch, steps, peak learning rate, that of the text encoder in
 # its share (0: frozen), compression layers or none, how many pictures of the world of shapes are drawn, which share of
 # them shows a single concept, and which is cropped and which spoilt (odd, a quarter each unless it is said).
-# vq: steps as an autoencoder (warm), the step at which the discriminator joins (adversary), pictures drawn (pool).
+# vq: steps as an autoencoder (warm), the step at which the discriminator joins (adversary), pictures drawn (pool), and
+# whether the encoder is computed, not trained (patches).
 PRESETS = {
     "shapes": {                                              # f = 4: 8 x 8, 16 x 16, then 32 x 32 tokens
         "vq": dict(size=64, batch=32, steps=6000, lr=2e-3, warm=800, adversary=5000, pool=12_000),
@@ -70,11 +71,11 @@ PRESETS = {
         "3": dict(size=128, batch=64, steps=12_000, lr=6e-4, text=0.3, compress=True, pictures=400_000, concepts=0.2),
         "4": dict(size=128, batch=64, steps=3000, lr=1e-4, text=1.0, compress=True, pictures=100_000),
     },
-    "cpu": {                                                 # compressed from the start; first what things are, then scenes
-        "vq": dict(size=64, batch=32, steps=3600, lr=2e-3, warm=800, adversary=3600, pool=12_000),
-        "1": dict(size=32, batch=64, steps=3600, lr=1.2e-3, text=0.3, compress=True, pictures=150_000, concepts=1.0, odd=0.0),
-        "2": dict(size=64, batch=48, steps=2000, lr=1.2e-3, text=0.3, compress=True, pictures=120_000, concepts=0.7, odd=0.0),
-        "3": dict(size=64, batch=48, steps=6600, lr=1.2e-3, text=0.3, compress=True, pictures=130_000, concepts=0.25, odd=0.08),
+    "cpu": {                                                 # compressed from the start; tokens of patches (see wire)
+        "vq": dict(size=64, batch=32, steps=2400, lr=2e-3, warm=0, adversary=2400, pool=6000, concepts=0.2, odd=0.0, patches=True),
+        "1": dict(size=32, batch=64, steps=2000, lr=1.2e-3, text=0.3, compress=True, pictures=150_000, concepts=1.0, odd=0.0),
+        "2": dict(size=64, batch=48, steps=1500, lr=1e-3, text=0.3, compress=True, pictures=60_000, concepts=0.6, odd=0.0),
+        "3": dict(size=64, batch=48, steps=6000, lr=1e-3, text=0.3, compress=True, pictures=150_000, concepts=0.2, odd=0.0),
     },
     "paper": {                                               # f = 16, the published sizes; steps and batches of section 2.5
         "vq": dict(size=256, batch=256, steps=200_000, lr=1e-4, warm=5000, adversary=100_000, pool=200_000),
@@ -88,16 +89,19 @@ STAGES = ("tokenizer", "vq", "1", "2", "3", "4")
 KEEP = 2                                                     # checkpoints of a stage
 
 SMALL = dict(
-    vq=vq.Config(block_out_channels=(16, 32, 64), layers_per_block=1, latent_channels=8, vq_embed_dim=8,
-                 num_vq_embeddings=512, norm_num_groups=8),
+    vq=dict(block_out_channels=(16, 32, 64), layers_per_block=1, latent_channels=8, vq_embed_dim=8, num_vq_embeddings=512,
+            norm_num_groups=8),
     transformer=dict(num_layers=3, num_single_layers=6, num_attention_heads=6, attention_head_dim=32,
                      joint_attention_dim=128, pooled_projection_dim=192, axes_dims_rope=(8, 12, 12), codebook_size=512,
                      vocab_size=513),
     sampling=dict(steps=16, cfg=3.0),
     text=dict(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, projection_dim=192,
               max_position_embeddings=32))
-MODELS = {"shapes": SMALL, "cpu": SMALL, "paper": dict(vq=vq.Config(), transformer=dict(), text=dict(),
-                                                            sampling=dict(steps=48, cfg=9.0))}
+MODELS = {"shapes": SMALL,
+          "cpu": SMALL | dict(vq=SMALL["vq"] | dict(latent_channels=24, vq_embed_dim=24, num_vq_embeddings=1024),
+                              transformer=SMALL["transformer"] | dict(codebook_size=1024, vocab_size=1025),
+                              sampling=dict(steps=24, cfg=1.5)),
+          "paper": dict(vq=dict(), transformer=dict(), text=dict(), sampling=dict(steps=48, cfg=9.0))}
 ABLATIONS = ("rope", "rate", "qk-norm", "micro", "multimodal", "compression")
 
 
@@ -625,7 +629,7 @@ class VQStudent(nn.Module):
     adversarial one of VQ-GAN (Esser et al. 2021, section 3.1)."""
     def __init__(self, model):
         super().__init__()
-        self.vq, self.critic = model, critic()
+        self.vq, self.critic, self.price = model, critic(), 0.1
         entries = model.config.num_vq_embeddings
         self.register_buffer("share", torch.full((entries,), 1 / entries))      # of the latents that each code serves
 
@@ -647,12 +651,12 @@ class VQStudent(nn.Module):
         loss = error + 0.1 * F.l1_loss(decoded, images)
         return loss + 0.1 * extra + self.duel(images, decoded, loss, adversary), error, rows(latent.detach()), tokens, miss
 
-    def choose(self, latents, price=0.1):
+    def choose(self, latents):
         """(M, E) -> (M,) codes by squared distance - price log(share): entropy-constrained quantisation (Chou,
         Lookabaugh and Gray 1989). The encoder commits to the commoner code, and a flat ground ends as one token
         instead of a dozen that differ by chance, which no transformer can predict."""
         distance = torch.cdist(latents, self.vq.quantize.embedding.weight.detach().float()).square()
-        tokens = (distance - price * self.share.log()).argmin(1)
+        tokens = (distance - self.price * self.share.log()).argmin(1)
         if self.training:
             now = torch.bincount(tokens, minlength=len(self.share)) / len(tokens)
             self.share.lerp_(now, 0.01).clamp_(min=1e-5)
@@ -681,15 +685,18 @@ def critic(width=32):
                          *layer(2 * width, 4 * width), nn.Conv2d(4 * width, 1, 3, 1, 1))
 
 
-def train_vq(run, size, steps, batch, lr, warm, adversary, pool):
+def train_vq(run, size, steps, batch, lr, warm, adversary, pool, patches=False):
     """From nothing a codebook collapses: the first `warm` steps train a plain autoencoder, then k-means over its
     distinct latents gives the codebook. Codes that nobody used for 50 steps move to the latents served worst.
-    From step `adversary` on the discriminator takes part."""
+    From step `adversary` on the discriminator takes part. With `patches` the encoder is wired, and stays so."""
     torch.manual_seed(run.seed)
-    student = VQStudent(vq.VQModel(MODELS[run.preset]["vq"])).to(run.device)
+    student = VQStudent(vq.VQModel(vq.Config(**MODELS[run.preset]["vq"]))).to(run.device)
     book = student.vq.quantize.embedding.weight
     stock = np.stack(readable(source_of(run, "vq"), pool)[0])                                    # (pool, H, W, 3)
     used = torch.zeros(len(book), device=run.device)
+    if patches:
+        wire(student.vq, pixels(stock[:1000]).to(run.device))
+        student.price = 0.0                                                  # the same pixels are the same token anyway
 
     def losses(model, step, attempt):
         rng = run.rng("vq", step, attempt)
@@ -719,6 +726,35 @@ def train_vq(run, size, steps, batch, lr, warm, adversary, pool):
         model.save_pretrained(run.out / "vqvae", torch.float16)
 
     fit(run, "vq", student, lambda: decay_groups(student), losses, batch, steps, lr, finish)
+
+
+@torch.no_grad()
+def wire(model, images):
+    """Set the encoder (f = 4, 8 channels in each of the last norm's groups) so that a token tells of its own 4 x 4 pixels
+    alone, by the E principal components of the patches of `images` (B, 3, H, W), and freeze it.
+
+    A trained encoder's token depends on pixels far beyond its patch, and through the group norms on the whole picture: a
+    hash, which the transformer must learn by heart. Here all residual branches are zero; the strided convolutions gather
+    the patch. The last activation lets x through as silu(x) - silu(-x) = x, and its group norm is held still by constants
+    that dwarf x, and by the pairs x and -x, whose mean is zero."""
+    encoder, size, still = model.encoder, model.config.vq_embed_dim, 256.0
+    patches = images.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).reshape(-1, 48).unique(dim=0)
+    basis = torch.linalg.eigh(patches.T @ patches).eigenvectors.flip(1)[:, :size].T                 # (E, 3 * 4 * 4)
+    for p in (*encoder.parameters(), *model.quant_conv.parameters()):
+        p.zero_().requires_grad_(False)
+    gather, project = (encoder.down_blocks[i].downsamplers[0].conv.weight for i in (0, 1))
+    pass_on, double = (encoder.down_blocks[i].resnets[0].conv_shortcut for i in (1, 2))
+    encoder.conv_in.weight[:3, :, 1, 1] = torch.eye(3)
+    gather[:12, :3, :2, :2] = torch.eye(12).view(12, 3, 2, 2)                                       # pixels (c, y, x) of 2 x 2
+    pass_on.weight[:12, :12, 0, 0] = torch.eye(12)
+    project[:size, :12, :2, :2] = basis.view(size, 3, 2, 2, 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(size, 12, 2, 2)
+    for k in range(size):                                                                           # of each group's 8 channels
+        plus = 8 * (k // 3) + 2 * (k % 3)                                                           # 3 pairs, and the constants
+        double.weight[plus, k] = encoder.conv_out.weight[k, plus, 1, 1] = 1
+        double.weight[plus + 1, k] = encoder.conv_out.weight[k, plus + 1, 1, 1] = -1
+    double.bias[6::8], double.bias[7::8] = still, -still
+    encoder.conv_norm_out.weight.fill_(still / 2)                                                   # the spread of a group
+    model.quant_conv.weight[:, :, 0, 0] = torch.eye(size)
 
 
 def readable(source, number):

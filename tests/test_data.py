@@ -1,4 +1,5 @@
 """The world of shapes: what training may see, and whether the scorer can be believed."""
+import itertools
 from dataclasses import replace
 from functools import lru_cache
 
@@ -181,6 +182,22 @@ def test_the_world_is_as_wide_as_promised():
     assert {sum(t.count for t in c.things) for c in claims} == {1, 2, 3, 4}
     assert all(f" {words} " in text for ways in data.RELATIONS.values() for words in ways)
     assert len({t for t, _ in examples}) > 3000
+
+
+def test_objects_stand_on_the_grid_and_apart():
+    """So that, at any power of two of pixels for a token, an object is the same tokens wherever it stands."""
+    rng = np.random.default_rng(4)
+    for _ in range(400):
+        claim = data.sample_claim(rng)
+        items = data.sample_scene(rng, claim).items
+        for i in items:
+            assert i.r in data.SIZES.values() and i.x % data.CELL == i.y % data.CELL == 0
+            assert data.CELL <= min(i.x, i.y) - i.r and max(i.x, i.y) + i.r <= 1 - data.CELL
+        for a, b in itertools.combinations(items, 2):
+            assert max(abs(a.x - b.x), abs(a.y - b.y)) >= a.r + b.r + data.CELL
+        if claim.relation:
+            axis = "x" if claim.relation in ("left", "right") else "y"
+            assert abs(getattr(items[0], axis) - getattr(items[1], axis)) >= items[0].r + items[1].r + data.CELL
 
 
 def test_captions_read_well():

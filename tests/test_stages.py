@@ -130,13 +130,13 @@ def test_crops_are_cut_from_larger_pictures():
     assert (micro[:, 2:4] <= micro[:, :1] - 32).all() and (micro[~cropped, 2:4] == 0).all() and micro[cropped, 2:4].max() > 0
 
 
-def test_concepts_come_at_any_scale():
-    for size, least in ((32, 0.25), (128, 0.12)):
+def test_concepts_are_whole_and_fill_small_pictures():
+    for size, sizes in ((32, {0.25, 0.375}), (128, {0.125, 0.1875})):
         seen = [data.concept(np.random.default_rng(i), size) for i in range(300)]
         items = [scene.items[0] for _, scene, _ in seen]
         assert all(data.holds(scene, claim) and text for text, scene, claim in seen)
-        assert all(least <= i.r <= 0.46 and i.r <= min(i.x, 1 - i.x, i.y, 1 - i.y) for i in items)
-        assert min(i.r for i in items) < 1.1 * least and max(i.r for i in items) > 0.43
+        assert {i.r for i in items} == sizes
+        assert all(i.r <= min(i.x, 1 - i.x, i.y, 1 - i.y) for i in items) and any(i.r == i.x for i in items)
         assert not {(i.colour, i.noun) for i in items} & data.HELD_OUT
 
 
@@ -433,7 +433,7 @@ def test_the_benchmark_prints_a_table(tmp_path, capsys, monkeypatch):
 def test_the_critic_learns_apart_from_the_decoder():
     """The discriminator's gradient is the hinge's alone, the decoder's has none of the hinge."""
     torch.manual_seed(0)
-    student = train.VQStudent(vq.VQModel(train.MODELS["shapes"]["vq"]))
+    student = train.VQStudent(vq.VQModel(vq.Config(**train.MODELS["shapes"]["vq"])))
     images = torch.rand(4, 3, SIZE, SIZE)
     seen = []
     hook = student.critic.register_forward_hook(lambda module, inputs, out: seen.append(inputs[0].detach()))

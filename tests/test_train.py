@@ -65,6 +65,21 @@ def test_k_means_with_fewer_points_than_centres():
     assert centres.shape == (16, 3) and centres.isfinite().all() and torch.cdist(points, centres).min(1).values.max() < 1
 
 
+def test_a_wired_encoder_sees_its_patch_alone():
+    """Its latents are the patches' principal components, whatever stands beside them, and it is not trained."""
+    model = vq.VQModel(vq.Config(**train.MODELS["cpu"]["vq"])).eval()
+    rng = np.random.default_rng(0)
+    images = train.pixels(np.stack([np.asarray(data.example(rng, 64)[0]) for _ in range(40)]))
+    train.wire(model, images)
+    latent = model.latent(images)                                                            # (40, 24, 16, 16)
+    patches = images.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).flatten(3)    # (40, 16, 16, 48)
+    assert latent.square().sum() > 0.99 * patches.square().sum()                             # lengths are kept
+    alone = model.latent(patches.view(-1, 3, 4, 4)).view(40, 16, 16, 24).permute(0, 3, 1, 2)
+    torch.testing.assert_close(latent, alone, rtol=0, atol=0.02)
+    assert not any(p.requires_grad for p in (*model.encoder.parameters(), *model.quant_conv.parameters()))
+    assert all(p.requires_grad for p in model.decoder.parameters())
+
+
 def test_revive_moves_unused_codes_to_the_data():
     book, latents = torch.arange(8.0)[:, None].repeat(1, 2), 100 + torch.rand(20, 2)
     used = torch.tensor([1.0, 0, 3, 0, 1, 1, 1, 0])
@@ -184,14 +199,14 @@ def shrink(patch):
     """Make train.py's models and stages tiny: f = 2, 8 x 8 tokens, then 16 x 16 behind compression layers."""
     patch.setitem(train.MODELS, "shapes", dict(
         sampling=dict(steps=4, cfg=3.0),
-        vq=vq.Config(block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, num_vq_embeddings=32, norm_num_groups=4),
+        vq=dict(block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, num_vq_embeddings=32, norm_num_groups=4),
         transformer=dict(num_layers=1, num_single_layers=1, num_attention_heads=2, attention_head_dim=8, joint_attention_dim=16,
                          pooled_projection_dim=16, axes_dims_rope=(2, 2, 4), codebook_size=32, vocab_size=33),
         text=dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, projection_dim=16,
                   max_position_embeddings=32)))
     patch.setitem(train.PRESETS, "shapes", {
         "vq": dict(size=SIZE, steps=STEPS, batch=8, lr=2e-3, warm=5, adversary=20, pool=64),
-        "1": dict(size=SIZE, steps=STEPS, batch=8, lr=1e-3, text=0.3, compress=False, pictures=200, concepts=True),
+        "1": dict(size=SIZE, steps=STEPS, batch=8, lr=1e-3, text=0.3, compress=False, pictures=200, concepts=1.0),
         "3": dict(size=2 * SIZE, steps=4, batch=8, lr=1e-3, text=0.3, compress=True, pictures=40),
         "4": dict(size=2 * SIZE, steps=2, batch=8, lr=1e-4, text=1.0, compress=True, pictures=40)})
 
@@ -280,7 +295,7 @@ def test_first_losses(run):
     assert np.allclose([seen["1", i] for i in (1, 2, 3)], FIRST_TRANSFORMER, atol=0.03), seen
 
 
-FIRST_VQ = (0.729, 0.658, 0.626)
+FIRST_VQ = (0.716, 0.626, 0.586)
 FIRST_TRANSFORMER = (4.76, 4.80, 4.79)
 
 
