@@ -980,7 +980,7 @@ def benchmark(run, repeats=5):
         with torch.device(run.device):
             words = {clip.END: 655, **{i: i for i in range(655)}}         # as many as the small models' tokenizer has
             student = Student(*build(run.preset, words, preset["compress"]))
-        f = MODELS[run.preset]["vq"].f
+        f = vq.Config(**MODELS[run.preset]["vq"]).f
         batch, side = max(1, min(preset["batch"], 2 ** 15 // (preset["size"] // f) ** 2)), preset["size"] // f
         inputs = random_batch(run, student, batch, side, preset["size"])
         optimizer = torch.optim.AdamW(student.parameters(), fused=run.device.type == "cuda")
