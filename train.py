@@ -685,10 +685,11 @@ def critic(width=32):
                          *layer(2 * width, 4 * width), nn.Conv2d(4 * width, 1, 3, 1, 1))
 
 
-def train_vq(run, size, steps, batch, lr, warm, adversary, pool, patches=False):
+def train_vq(run, size, steps, batch, lr, warm, adversary, pool, patches=False, **_):
     """From nothing a codebook collapses: the first `warm` steps train a plain autoencoder, then k-means over its
     distinct latents gives the codebook. Codes that nobody used for 50 steps move to the latents served worst.
-    From step `adversary` on the discriminator takes part. With `patches` the encoder is wired, and stays so."""
+    From step `adversary` on the discriminator takes part. With `patches` the encoder is wired, and stays so. What else
+    a preset says is about its pictures (`source_of`)."""
     torch.manual_seed(run.seed)
     student = VQStudent(vq.VQModel(vq.Config(**MODELS[run.preset]["vq"]))).to(run.device)
     book = student.vq.quantize.embedding.weight

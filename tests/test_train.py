@@ -80,6 +80,18 @@ def test_a_wired_encoder_sees_its_patch_alone():
     assert all(p.requires_grad for p in model.decoder.parameters())
 
 
+def test_the_vq_stage_of_the_preset_cpu(tmp_path, monkeypatch):
+    """Its encoder is still the wired one at the end, its codebook and decoder are not those of the start."""
+    monkeypatch.setitem(train.PRESETS["cpu"], "vq", train.PRESETS["cpu"]["vq"] | dict(steps=3, batch=4, pool=40))
+    command("--preset", "cpu", "--stage", "vq", "--out", tmp_path / "run")
+    model = vq.VQModel.from_pretrained(tmp_path / "run" / "vqvae")
+    assert (model.encoder.conv_norm_out.weight == 128).all() and not model.encoder.mid_block.resnets[0].conv2.weight.any()
+    images = torch.rand(1, 3, 1, 1).expand(1, 3, 16, 16)
+    tokens = model.encode(images)
+    assert (tokens == tokens[0, 0, 0]).all() and model.decode(tokens).isfinite().all()
+    assert model.quantize.embedding.weight.unique(dim=0).shape[0] > 100
+
+
 def test_revive_moves_unused_codes_to_the_data():
     book, latents = torch.arange(8.0)[:, None].repeat(1, 2), 100 + torch.rand(20, 2)
     used = torch.tensor([1.0, 0, 3, 0, 1, 1, 1, 0])
