@@ -197,16 +197,11 @@ def sample_scene(rng, claim):
             return Scene(background, placed)
 
 
-def _anywhere(rng, r, *shape):
-    """Centres on the grid of CELL, (*shape, len(r), 2), at which objects of half-size r keep a CELL from the edge."""
-    r = np.asarray(r)[:, None]
-    return CELL * rng.integers(np.ceil(r / CELL) + 1, np.floor((1 - r) / CELL), (*shape, len(r), 2))
-
-
 def _place(rng, items, relation, tries=64):
-    """The first of `tries` random placements that keeps all objects a CELL apart and the relation true, or None."""
+    """The first of `tries` random placements on the grid that keeps all objects a CELL from each other and the edge, and the
+    relation true, or None."""
     r = np.array([i.r for i in items])
-    xy = _anywhere(rng, r, tries)
+    xy = CELL * rng.integers(r[:, None] / CELL + 1, (1 - r[:, None]) / CELL, (tries, len(items), 2))
     i, j = np.triu_indices(len(items), 1)
     fits = (np.abs(xy[:, i] - xy[:, j]).max(-1) >= r[i] + r[j] + CELL).all(-1)               # (tries,)
     if relation:

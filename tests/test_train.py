@@ -81,7 +81,7 @@ def test_a_wired_encoder_sees_its_patch_alone():
 
 
 def test_the_vq_stage_of_the_preset_cpu(tmp_path, monkeypatch):
-    """Its encoder is still the wired one at the end, its codebook and decoder are not those of the start."""
+    """Its encoder is still the wired one at the end, and a flat picture is one token."""
     monkeypatch.setitem(train.PRESETS["cpu"], "vq", train.PRESETS["cpu"]["vq"] | dict(steps=3, batch=4, pool=40))
     command("--preset", "cpu", "--stage", "vq", "--out", tmp_path / "run")
     model = vq.VQModel.from_pretrained(tmp_path / "run" / "vqvae")
