@@ -685,17 +685,18 @@ def critic(width=32):
                          *layer(2 * width, 4 * width), nn.Conv2d(4 * width, 1, 3, 1, 1))
 
 
-def train_vq(run, size, steps, batch, lr, warm, adversary, pool, patches=False, **_):
+def train_vq(run):
     """From nothing a codebook collapses: the first `warm` steps train a plain autoencoder, then k-means over its
     distinct latents gives the codebook. Codes that nobody used for 50 steps move to the latents served worst.
-    From step `adversary` on the discriminator takes part. With `patches` the encoder is wired, and stays so. What else
-    a preset says is about its pictures (`source_of`)."""
+    From step `adversary` on the discriminator takes part. With `patches` the encoder is wired, and stays so."""
+    preset = run.stages["vq"]
+    steps, batch, lr, warm, adversary = (preset[name] for name in ("steps", "batch", "lr", "warm", "adversary"))
     torch.manual_seed(run.seed)
     student = VQStudent(vq.VQModel(vq.Config(**MODELS[run.preset]["vq"]))).to(run.device)
     book = student.vq.quantize.embedding.weight
-    stock = np.stack(readable(source_of(run, "vq"), pool)[0])                                    # (pool, H, W, 3)
+    stock = np.stack(readable(source_of(run, "vq"), preset["pool"])[0])                                    # (pool, H, W, 3)
     used = torch.zeros(len(book), device=run.device)
-    if patches:
+    if preset.get("patches"):
         wire(student.vq, pixels(stock[:1000]).to(run.device))
         student.price = 0.0                                                  # the same pixels are the same token anyway
 
@@ -1143,7 +1144,7 @@ def run_stage(stage, run, encode_only):
         run.wait()
     elif stage == "vq":
         if not adopted("vqvae") and not (run.resume and steps_done(run, "vq") >= run.stages["vq"]["steps"]):
-            train_vq(run, **run.stages["vq"])
+            train_vq(run)
     elif encode_only:
         encode(run, stage)
     elif run.resume and steps_done(run, stage) >= run.stages[stage]["steps"]:
