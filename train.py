@@ -48,6 +48,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -62,7 +63,7 @@ import vq
 # its share (0: frozen), compression layers or none, how many pictures of the world of shapes are drawn, which share of
 # them shows a single concept, and which is cropped and which spoilt (odd, a quarter each unless it is said).
 # vq: steps as an autoencoder (warm), the step at which the discriminator joins (adversary), pictures drawn (pool), and
-# whether the encoder is computed, not trained (patches).
+# how many colours and outlines make up a codebook that is computed, as the encoder then is, not trained (patches).
 PRESETS = {
     "shapes": {                                              # f = 4: 8 x 8, 16 x 16, then 32 x 32 tokens
         "vq": dict(size=64, batch=32, steps=6000, lr=2e-3, warm=800, adversary=5000, pool=12_000),
@@ -72,7 +73,7 @@ PRESETS = {
         "4": dict(size=128, batch=64, steps=3000, lr=1e-4, text=1.0, compress=True, pictures=100_000),
     },
     "cpu": {                                                 # compressed from the start; tokens of patches (see wire)
-        "vq": dict(size=64, batch=32, steps=2400, lr=2e-3, warm=0, adversary=2400, pool=6000, concepts=0.2, odd=0.0, patches=True),
+        "vq": dict(size=64, batch=32, steps=2400, lr=2e-3, warm=0, adversary=2400, pool=6000, concepts=0.2, odd=0.0, patches=(8, 36)),
         "1": dict(size=32, batch=64, steps=2000, lr=1.2e-3, text=0.3, compress=True, pictures=150_000, concepts=1.0, odd=0.0),
         "2": dict(size=64, batch=48, steps=1500, lr=1e-3, text=0.3, compress=True, pictures=60_000, concepts=0.6, odd=0.0),
         "3": dict(size=64, batch=48, steps=6000, lr=1e-3, text=0.3, compress=True, pictures=150_000, concepts=0.2, odd=0.0),
@@ -98,8 +99,8 @@ SMALL = dict(
     text=dict(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, projection_dim=192,
               max_position_embeddings=32))
 MODELS = {"shapes": SMALL,
-          "cpu": SMALL | dict(vq=SMALL["vq"] | dict(latent_channels=24, vq_embed_dim=24, num_vq_embeddings=1024),
-                              transformer=SMALL["transformer"] | dict(codebook_size=1024, vocab_size=1025),
+          "cpu": SMALL | dict(vq=SMALL["vq"] | dict(latent_channels=24, vq_embed_dim=24, num_vq_embeddings=1016),
+                              transformer=SMALL["transformer"] | dict(codebook_size=1016, vocab_size=1017),
                               sampling=dict(steps=24, cfg=1.5)),
           "paper": dict(vq=dict(), transformer=dict(), text=dict(), sampling=dict(steps=48, cfg=9.0))}
 ABLATIONS = ("rope", "rate", "qk-norm", "micro", "multimodal", "compression")
@@ -212,9 +213,9 @@ def learning_rate(step, steps, peak, warmup=100):
 def decay_groups(module, scale=1.0, weight_decay=0.01):
     """AdamW groups of what is trained: decay on matrices and kernels alone; not on biases, norms and embeddings
     (SPEC section 6). `scale` multiplies the learning rate."""
-    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    embeddings = tuple(n + "." for n, m in module.named_modules() if isinstance(m, nn.Embedding))
     trained = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-    spared = lambda n, p: p.dim() <= 1 or id(p) in embeddings or n.endswith("positions")
+    spared = lambda n, p: p.dim() <= 1 or n.startswith(embeddings) or n.endswith("positions")
     return [dict(params=[p for n, p in trained if not spared(n, p)], weight_decay=weight_decay, scale=scale),
             dict(params=[p for n, p in trained if spared(n, p)], weight_decay=0.0, scale=scale)]
 
@@ -688,7 +689,8 @@ def critic(width=32):
 def train_vq(run):
     """From nothing a codebook collapses: the first `warm` steps train a plain autoencoder, then k-means over its
     distinct latents gives the codebook. Codes that nobody used for 50 steps move to the latents served worst.
-    From step `adversary` on the discriminator takes part. With `patches` the encoder is wired, and stays so."""
+    From step `adversary` on the discriminator takes part. With `patches` the encoder is wired, the codebook that of
+    `two_tone`, and the decoder alone learns."""
     preset = run.stages["vq"]
     steps, batch, lr, warm, adversary = (preset[name] for name in ("steps", "batch", "lr", "warm", "adversary"))
     torch.manual_seed(run.seed)
@@ -696,13 +698,17 @@ def train_vq(run):
     book = student.vq.quantize.embedding.weight
     stock = np.stack(readable(source_of(run, "vq"), preset["pool"])[0])                                    # (pool, H, W, 3)
     used = torch.zeros(len(book), device=run.device)
-    if preset.get("patches"):
-        wire(student.vq, pixels(stock[:1000]).to(run.device))
+    if patches := preset.get("patches"):
+        images = pixels(stock[:1000]).to(run.device)
+        wire(student.vq, images)
+        with torch.no_grad():
+            book.copy_(rows(student.vq.latent(two_tone(images, *patches, run.rng("vq", 0)))))
+        book.requires_grad_(False)
         student.price = 0.0                                                  # the same pixels are the same token anyway
 
     def losses(model, step, attempt):
         rng = run.rng("vq", step, attempt)
-        if step == warm:
+        if step == warm and not patches:
             with torch.no_grad():
                 seen = torch.cat([rows(student.vq.latent(pixels(stock[i:i + 64]).to(run.device)).float())
                                   for i in range(0, min(len(stock), 640), 64)])
@@ -716,7 +722,7 @@ def train_vq(run):
             yield loss / run.accumulate, dict(psnr=-10 * math.log10(float(error.detach())), codes=(used > 0).sum())
         if step >= warm and step % 50 == 49:
             run.total(used)
-            if step < 0.8 * steps:
+            if step < 0.8 * steps and not patches:
                 revive(book, used, latents, miss, rng)
                 run.same(book)
                 student.share.masked_fill_(used == 0, 1 / len(book))
@@ -740,7 +746,7 @@ def wire(model, images):
     the patch. The last activation lets x through as silu(x) - silu(-x) = x, and its group norm is held still by constants
     that dwarf x, and by the pairs x and -x, whose mean is zero."""
     encoder, size, still = model.encoder, model.config.vq_embed_dim, 256.0
-    patches = images.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).reshape(-1, 48).unique(dim=0)
+    patches = patches_of(images).flatten(1).unique(dim=0)
     basis = torch.linalg.eigh(patches.T @ patches).eigenvectors.flip(1)[:, :size].T                 # (E, 3 * 4 * 4)
     for p in (*encoder.parameters(), *model.quant_conv.parameters()):
         p.zero_().requires_grad_(False)
@@ -757,6 +763,42 @@ def wire(model, images):
     double.bias[6::8], double.bias[7::8] = still, -still
     encoder.conv_norm_out.weight.fill_(still / 2)                                                   # the spread of a group
     model.quant_conv.weight[:, :, 0, 0] = torch.eye(size)
+
+
+def patches_of(images):
+    """(B, 3, H, W) -> (B H W / 16, 3, 4, 4)."""
+    return images.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
+
+
+@torch.no_grad()
+def two_tone(images, colours, outlines, rng):
+    """The codebook that texture compression has for flat pictures (Delp and Mitchell 1979; Campbell et al. 1986): a patch is
+    two colours and an outline between them. images (B, 3, H, W) -> patches (V, 3, 4, 4): each pair of the commonest colours
+    in each outline, then the colours alone; V = colours (colours - 1) / 2 * outlines + colours."""
+    seen, number = images.movedim(1, -1).flatten(0, 2).unique(dim=0, return_counts=True)
+    if len(seen) < colours:
+        raise sample.UserError(f"the pictures have {len(seen)} colours; the preset's codebook wants {colours}")
+    palette = seen[number.topk(colours).indices]
+    palette = palette[palette.sum(1).argsort()]                                # from dark to light
+    dark, light = palette[torch.combinations(torch.arange(colours, device=palette.device))].transpose(0, 1)[..., None]
+    patches = patches_of(images).flatten(2)                                    # (M, 3, 16); dark, light (P, 3, 1)
+    patches = patches[(patches != patches[..., :1]).any((1, 2))][:, None]
+    span = light - dark
+    share = ((patches - dark) * span).sum(2, keepdim=True) / span.square().sum(1, keepdim=True)
+    share = share.clamp(0, 1)                                                  # of the lighter colour, (M, P, 1, 16)
+    best = (dark + share * span - patches).square().sum((2, 3)).argmin(1)
+    share = k_means(share[torch.arange(len(best)), best, 0], outlines, rng, iterations=40)         # (outlines, 16)
+    paired = dark[:, None] + share[:, None] * span[:, None]                    # (P, outlines, 3, 16)
+    return torch.cat([paired.flatten(0, 1), palette[..., None].expand(-1, -1, 16)]).unflatten(-1, (4, 4))
+
+
+def code_features(colours, outlines):
+    """What the codes of `two_tone` show -> (V, F) float32: how often each colour, which pair, which outline, or none."""
+    pairs = torch.combinations(torch.arange(colours))
+    paired = [F.one_hot(pairs, colours).sum(1).repeat_interleave(outlines, 0), torch.eye(len(pairs)).repeat_interleave(outlines, 0),
+              torch.eye(outlines).repeat(len(pairs), 1), torch.zeros(len(pairs) * outlines, 1)]
+    flat = [2 * torch.eye(colours), torch.zeros(colours, len(pairs) + outlines), torch.ones(colours, 1)]
+    return torch.cat([torch.cat(paired, 1), torch.cat(flat, 1)])
 
 
 def readable(source, number):
@@ -861,6 +903,29 @@ def fresh(student):
     student.transformer.cond_embed.linear_1.weight.data[:, :width] *= 2.5
 
 
+class Shared(nn.Module):
+    """The parametrisation W -> W + M T of a table of codes (V, ...): M (V, F) has the codes' features, T (F, ...) is
+    trained with W and starts at zero. What is learned of one code is then learned of all that share a feature with it."""
+    def __init__(self, features, weight):
+        super().__init__()
+        self.register_buffer("features", F.pad(features, (0, 0, 0, len(weight) - len(features))), persistent=False)
+        self.table = nn.Parameter(torch.zeros(features.shape[1], weight[0].numel()))
+
+    def forward(self, weight):
+        return weight + (self.features @ self.table).view_as(weight)
+
+
+@torch.no_grad()
+def share(transformer, features, anew):
+    """Let codes share what is learned of their features (V, F), in the embedding and in the head, in place; with `anew` they
+    start as nothing else."""
+    for module, std in ((transformer.embed.embeddings, 0.25), (transformer.mlm_layer.conv2, 0.04)):
+        if anew:
+            table = std * torch.randn(features.shape[1], module.weight[0].numel())
+            module.weight[:len(features)] = (features @ table).view_as(module.weight[:len(features)])
+        parametrize.register_parametrization(module, "weight", Shared(features, module.weight))
+
+
 def convention_of(folder):
     """The masking-rate condition that a model folder's transformer was trained with; see meissonic.timestep. The
     public weights, whose scheduler does not say, come from the official script: 1000 times the rate."""
@@ -906,6 +971,10 @@ def new_student(run, preset):
     if run.lora:
         student.transformer.requires_grad_(False)
         meissonic.add_lora(student.transformer, run.lora)
+    elif patches := run.stages.get("vq", {}).get("patches"):
+        features = code_features(*patches)
+        if len(features) == student.transformer.config.codebook_size:        # with --init it may be another model's
+            share(student.transformer, features, anew=not there("transformer"))
     return student.to(run.device)
 
 
@@ -950,7 +1019,7 @@ def save_model(run, student, average, size):
     for name, part, module in (("text_encoder", "encoder.", student.encoder), ("transformer", "transformer.", student.transformer)):
         with torch.device("meta"):
             copied = type(module)(module.config)
-        copied.load_state_dict(strip(average, part), assign=True)
+        copied.load_state_dict(merged(module, strip(average, part)), assign=True)
         copied.save_pretrained(run.out / name, torch.float16)
     index = {"_class_name": "Pipeline", "_diffusers_version": "0.30.2",
              "scheduler": ["scheduler", "Scheduler"], "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
@@ -963,6 +1032,17 @@ def save_model(run, student, average, size):
     for path, content in ((run.out / "model_index.json", index), (run.out / "scheduler" / "scheduler_config.json", scheduler)):
         text = json.dumps(content, indent=2) + "\n"
         vq.write_whole(path, lambda p: Path(p).write_text(text))
+
+
+def merged(module, state):
+    """A module's state with what Shared adds to its weights added: the state of the plain module."""
+    state = dict(state)
+    for name, part in module.named_modules():
+        if isinstance(part, Shared):                                           # name: ...parametrizations.weight.0
+            whole_name, table = name.removesuffix(".0"), state.pop(name + ".table")
+            weight = state.pop(whole_name + ".original")
+            state[whole_name.replace("parametrizations.", "")] = weight + (part.features.cpu() @ table).view_as(weight)
+    return state
 
 
 # ---------------------------------------------------------------------------------------------------------

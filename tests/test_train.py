@@ -80,16 +80,75 @@ def test_a_wired_encoder_sees_its_patch_alone():
     assert all(p.requires_grad for p in model.decoder.parameters())
 
 
-def test_the_vq_stage_of_the_preset_cpu(tmp_path, monkeypatch):
-    """Its encoder is still the wired one at the end, and a flat picture is one token."""
-    monkeypatch.setitem(train.PRESETS["cpu"], "vq", train.PRESETS["cpu"]["vq"] | dict(steps=3, batch=4, pool=40))
-    command("--preset", "cpu", "--stage", "vq", "--out", tmp_path / "run")
+def test_a_code_is_two_colours_and_an_outline():
+    """The codebook shows nearly all there is in flat pictures, in the order that its features say."""
+    rng = np.random.default_rng(0)
+    images, others = (train.pixels(np.stack([np.asarray(data.example(rng, 64)[0]) for _ in range(n)])) for n in (200, 50))
+    book, features = train.two_tone(images, 8, 36, np.random.default_rng(0)), train.code_features(8, 36)
+    assert book.shape == (1016, 3, 4, 4) and features.shape == (1016, 8 + 28 + 36 + 1)
+    error = torch.cdist(train.patches_of(others).flatten(1), book.flatten(1)).square().amin(1).mean() / 48
+    assert -10 * error.log10() > 30                                            # dB; 8 colours alone have 23
+    palette, pixels = book[-8:, :, 0, 0], book.flatten(2)                       # (8, 3), (1016, 3, 16)
+    assert (book[-8:] == palette[..., None, None]).all() and (palette.sum(1).diff() > 0).all()
+    expected = (np.array([*data.COLOURS.values()]) / 255).tolist()
+    torch.testing.assert_close(sorted(palette.tolist()), sorted(expected), rtol=0, atol=1e-6)
+    for code in range(0, 1008, 41):
+        dark, light = palette[features[code, :8].nonzero()[:, 0]]
+        on_line = (pixels[code].T - dark) @ (light - dark) / (light - dark).square().sum()
+        torch.testing.assert_close(dark + on_line[:, None] * (light - dark), pixels[code].T, rtol=0, atol=1e-5)
+        same = (features[:, 36:72].argmax(1) == features[code, 36:72].argmax()) & (features[:, 72] == 0)
+        assert same.sum() == 28
+        for other in same.nonzero()[::9, 0]:                                   # as much of the lighter colour everywhere
+            dark, light = palette[features[other, :8].nonzero()[:, 0]]
+            torch.testing.assert_close(dark + on_line[:, None] * (light - dark), pixels[other].T, rtol=0, atol=1e-5)
+
+
+def test_a_picture_of_too_few_colours():
+    with pytest.raises(sample.UserError, match="2 colours.*wants 8"):
+        train.two_tone(torch.eye(16).expand(1, 3, 16, 16), 8, 36, np.random.default_rng(0))
+
+
+def test_codes_share_what_is_learned_of_their_features():
+    """A step on one code moves those that share a feature with it, and no others; merged, it is a plain model."""
+    student, features = tiny_student(), torch.eye(20).repeat(2, 1)              # 40 codes: c and c + 20 are of a kind
+    ids, tokens, mask, rates, micro = tiny_batch()
+    before = student(ids, tokens, mask, rates, micro)[0]
+    train.share(student.transformer, features, anew=False)
+    torch.testing.assert_close(student(ids, tokens, mask, rates, micro)[0], before)
+    embedding = student.transformer.embed.embeddings
+    start = embedding.weight.detach().clone()                                  # (41, C)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    embedding(torch.tensor([7])).sum().backward()
+    optimizer.step()
+    assert (embedding.weight != start).any(1).nonzero()[:, 0].tolist() == [7, 27]
+    student.zero_grad()
+    student(ids, tokens, mask, rates, micro)[0].backward()
+    optimizer.step()
+    plain = tiny_student()
+    plain.transformer.load_state_dict(train.merged(student.transformer, student.transformer.state_dict()))
+    plain.encoder.load_state_dict(student.encoder.state_dict())
+    inputs = ids, tokens, mask, rates, micro
+    torch.testing.assert_close(plain(*inputs)[0], student(*inputs)[0])
+    assert not torch.allclose(plain(*inputs)[0], before)
+
+
+def test_the_preset_cpu(tmp_path, monkeypatch):
+    """The encoder is still the wired one at the end, a flat picture is one token, and codes begin as their features."""
+    stages = {"vq": dict(steps=3, batch=4, pool=40), "1": dict(steps=2, batch=4, pictures=40), "2": dict(steps=2, batch=4, pictures=40)}
+    monkeypatch.setitem(train.PRESETS, "cpu", {s: train.PRESETS["cpu"][s] | short for s, short in stages.items()})
+    monkeypatch.setattr(train, "look", lambda *a: None)
+    command("--preset", "cpu", "--out", tmp_path / "run")
     model = vq.VQModel.from_pretrained(tmp_path / "run" / "vqvae")
     assert (model.encoder.conv_norm_out.weight == 128).all() and not model.encoder.mid_block.resnets[0].conv2.weight.any()
     images = torch.rand(1, 3, 1, 1).expand(1, 3, 16, 16)
     tokens = model.encode(images)
-    assert (tokens == tokens[0, 0, 0]).all() and model.decode(tokens).isfinite().all()
-    assert model.quantize.embedding.weight.unique(dim=0).shape[0] > 100
+    assert (tokens == tokens[0, 0, 0]).all() and tokens[0, 0, 0] >= 1008 and model.decode(tokens).isfinite().all()
+    transformer = meissonic.Transformer.from_pretrained(tmp_path / "run" / "transformer")
+    features = train.code_features(8, 36).double()
+    for weight in (transformer.embed.embeddings.weight[:-1], transformer.mlm_layer.conv2.weight.flatten(1)):
+        weight = weight.detach().double()
+        told = features @ torch.linalg.lstsq(features, weight, driver="gelsd").solution
+        assert (told - weight).square().sum() < 0.01 * weight.square().sum()
 
 
 def test_revive_moves_unused_codes_to_the_data():
