@@ -98,9 +98,8 @@ def _pick(rng, options):
     return options[int(rng.integers(len(options)))]
 
 
-def _noun(rng):
-    """Letters are 26 of 34 nouns but one object in six, so that shapes stay the common case."""
-    return _pick(rng, LETTERS if rng.random() < 1 / 6 else SHAPES)
+def _noun(rng, letters):
+    return _pick(rng, LETTERS if rng.random() < letters else SHAPES)
 
 
 def _colour(rng, noun, unseen=False):
@@ -108,9 +107,9 @@ def _colour(rng, noun, unseen=False):
     return _pick(rng, [c for c in COLOURS if ((c, noun) in HELD_OUT) == unseen])
 
 
-def sample_claim(rng, task=None, unseen=False):
-    """Draw a Claim; `task` one of TASKS, "long" (all properties named), or None for the training mixture.
-    With `unseen` the first thing is a colour-noun pair that training never shows (tasks that name colours)."""
+def sample_claim(rng, task=None, unseen=False, letters=1 / 6):
+    """Draw a Claim; `task` one of TASKS, "long" (all properties named), or None for the training mixture. Letters are 26
+    of 34 nouns but this share of the objects, so that shapes stay the common case. With `unseen` the first thing is a colour-noun pair that training never shows (tasks that name colours)."""
     if task is None:
         task = "long" if rng.random() < 0.25 else _pick(rng, TASKS)
     number = {"single": 1, "two": 2, "counting": 1, "colours": 1, "position": 2, "attribution": 2,
@@ -118,7 +117,7 @@ def sample_claim(rng, task=None, unseen=False):
     named = task in ("colours", "attribution", "long") or (task == "position" and rng.random() < 0.5)
     things = []
     for i in range(number):
-        noun = _pick(rng, SHAPES) if unseen else _noun(rng)
+        noun = _pick(rng, SHAPES) if unseen else _noun(rng, letters)
         colour = _colour(rng, noun, unseen and i == 0) if named else None
         size = _pick(rng, ("small", "large")) if task == "long" and number < 4 and rng.random() < 0.5 else None
         thing = Thing(noun, colour, size, int(rng.integers(2, 5)) if task == "counting" else 1)
@@ -127,7 +126,7 @@ def sample_claim(rng, task=None, unseen=False):
         things.append(thing)
     clash = len({t.noun for t in things}) < number             # "a star and a star" would be counting
     if clash and not (named and len({(t.noun, t.colour) for t in things}) == number):
-        return sample_claim(rng, task, unseen)
+        return sample_claim(rng, task, unseen, letters)
     relation = _pick(rng, tuple(RELATIONS)) if task == "position" or (task == "long" and number == 2) else None
     colours = {t.colour for t in things}
     background = _pick(rng, [c for c in COLOURS if c not in colours]) if rng.random() < 0.6 else None
@@ -284,10 +283,10 @@ def draw(scene, size):
     return picture
 
 
-def sample_example(rng, task=None):
+def sample_example(rng, task=None, letters=1 / 6):
     """A caption, a scene that shows it and the claim; nothing that is held out."""
     while True:
-        claim = sample_claim(rng, task)
+        claim = sample_claim(rng, task, letters=letters)
         text = caption(rng, claim)
         if not held_out(text):
             return text, sample_scene(rng, claim), claim
@@ -302,7 +301,7 @@ def example(rng, size, task=None):
 def concept(rng, size):
     """One object anywhere: what things are, before where and how many they are -> (caption, Scene, Claim). In a picture
     of under 64 pixels, where it could hardly be told, it is drawn at twice the scale: as a cut from a larger one."""
-    noun = _pick(rng, LETTERS if rng.random() < 0.3 else SHAPES)
+    noun = _noun(rng, 0.3)
     colour = _colour(rng, noun)
     background = _pick(rng, [c for c in COLOURS if c != colour])
     claim = Claim("single", (Thing(noun, colour if rng.random() < 0.75 else None),), None,
@@ -320,11 +319,12 @@ def spoil(rng, picture, degree):
     return Image.fromarray((np.asarray(blurred) + cast + noise).clip(0, 255).astype(np.uint8))
 
 
-def training_example(rng, size, concepts=0.0, odd=0.25):
+def training_example(rng, size, concepts=0.0, odd=0.25, letters=1 / 6):
     """One example with its micro conditions -> (uint8 (size, size, 3), caption, (5,) float32: original width and
     height, crop top and left, score). As in photographs, the share `odd` are crops of a larger picture, and as many are
-    spoilt, which their score tells: CLEAN less 4 at the worst. `concepts` is the share of single concepts."""
-    make = (lambda: concept(rng, size)) if rng.random() < concepts else (lambda: sample_example(rng))
+    spoilt, which their score tells: CLEAN less 4 at the worst. `concepts` is the share of single concepts, `letters` that of the other pictures' objects that
+    are letters."""
+    make = (lambda: concept(rng, size)) if rng.random() < concepts else (lambda: sample_example(rng, letters=letters))
     while held_out((made := make())[0]):
         pass
     text, scene, _ = made

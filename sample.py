@@ -150,7 +150,7 @@ class Pipeline:
 
     Attributes of use to others: `encoder`, `transformer`, `vq`; `mask_token`; `tokens_f` and `f`, pixels for each token
     and for each block position along a side (sizes must divide by `f`); and the checkpoint's defaults `size` (width,
-    height), `steps`, `cfg`, `score_condition`.
+    height), `steps`, `cfg`, `temperature`, `score_condition`.
     """
 
     def __init__(self, folder, device="cpu", dtype=torch.float32, lora=None, rounded=None):
@@ -219,7 +219,7 @@ class Pipeline:
         side = known.get("size", 1024 if compressed else 512)
         self.size = (side, side)
         self.steps, self.cfg = known.get("steps", 48), known.get("cfg", 9.0)
-        self.score_condition = known.get("score_condition", 6.0)
+        self.temperature, self.score_condition = tuple(known.get("temperature", (2.0, 0.0))), known.get("score_condition", 6.0)
 
     def check_size(self, width, height):
         """Raises UserError, naming the nearest size that fits, if the model's grid cannot take these pixels."""
@@ -244,11 +244,12 @@ class Pipeline:
         micro = torch.tensor([[width, height, 0, 0, score]], device=self.device, dtype=torch.float32)
         return meissonic.Text(hidden, pooled, micro.expand(len(prompts), 5))
 
-    def paint(self, tokens, text, against, seeds, steps=None, cfg=None, temperature=(2.0, 0.0), schedule="cosine",
+    def paint(self, tokens, text, against, seeds, steps=None, cfg=None, temperature=None, schedule="cosine",
               progress=iter, watch=None):
         """Fill in the tokens (B, h, w) that are mask_token; see meissonic.sample. None takes the checkpoint's default."""
         return meissonic.sample(self.transformer, text, against, tokens, seeds, steps or self.steps,
-                                self.cfg if cfg is None else cfg, temperature, schedule, self.convention, progress, watch)
+                                self.cfg if cfg is None else cfg, temperature or self.temperature, schedule, self.convention,
+                                progress, watch)
 
     @torch.no_grad()
     def decode(self, tokens):
@@ -287,7 +288,7 @@ class Invented(Pipeline):
         self.device, self.dtype, self.rounded, self.lean, self.convention = torch.device(device), dtype, rounded, False, "step"
         config = meissonic.Config()
         self.mask_token, self.tokens_f, self.f = config.mask_token, 16, 32
-        self.size, self.steps, self.cfg, self.score_condition = (1024, 1024), 48, 9.0, 6.0
+        self.size, self.steps, self.cfg, self.temperature, self.score_condition = (1024, 1024), 48, 9.0, (2.0, 0.0), 6.0
 
     def tokenizer(self, prompts):
         return torch.stack([torch.randint(49408, (77,), generator=torch.Generator().manual_seed(zlib.crc32(p.encode()))) for p in prompts])
@@ -710,8 +711,8 @@ def parse_arguments(argv):
     p.add_argument("--size", type=parse_size, metavar="N|WxH", help="pixels (default: the model's; 1024 for meissonic, 64 for shapes)")
     p.add_argument("--n", type=positive, default=1, help="pictures for each prompt, with seeds SEED, SEED + 1, ... (default: 1)")
     p.add_argument("--seed", type=int, default=0, help="the same seed gives the same picture (default: 0)")
-    p.add_argument("--temperature", type=finite, nargs=2, default=(2.0, 0.0), metavar=("A", "B"),
-                   help="of the noise that chooses what to mask again, first to last step (default: 2 0)")
+    p.add_argument("--temperature", type=finite, nargs=2, metavar=("A", "B"),
+                   help="of the noise that chooses what to mask again, first to last step (default: the model's; 2 0 for meissonic)")
     p.add_argument("--score-condition", type=finite, help="how good a picture to ask for (default: 6)")
     p.add_argument("--model", default="auto", help="shapes, meissonic, monetico, a hub id or a folder (default: auto: "
                    "meissonic where there is a CUDA GPU and the weights can be had, else shapes)")
@@ -872,7 +873,7 @@ def check_flags(args):
 
 def paint(pipeline, args, edit, prompts, seeds, progress=iter, watch=None):
     """One batch of pictures as the arguments say; of an Edit, where there is one -> tokens (B, h, w)."""
-    settings = dict(negative=args.negative, steps=args.steps, cfg=args.cfg, temperature=tuple(args.temperature),
+    settings = dict(negative=args.negative, steps=args.steps, cfg=args.cfg, temperature=args.temperature,
                     score=args.score_condition, schedule=args.schedule, progress=progress, watch=watch)
     if edit is None:
         return pipeline.draw(prompts, seeds, size=args.size, **settings)
@@ -910,7 +911,7 @@ def run(args):
         return bench.picture(meissonic, pipeline, args.size or pipeline.size, args.n, args.steps or pipeline.steps,
                              pipeline.cfg if args.cfg is None else args.cfg)
     settings = dict(negative=args.negative, size=args.size or pipeline.size, steps=args.steps, cfg=args.cfg,
-                    temperature=tuple(args.temperature), score=args.score_condition, schedule=args.schedule)
+                    temperature=args.temperature, score=args.score_condition, schedule=args.schedule)
     if args.score:
         for task, right in score_tasks(pipeline, args.score, **settings).items():
             print(f"{task:12} {right:.2f}")
@@ -923,6 +924,7 @@ def run(args):
     if edit is None:
         args.size = args.size or pipeline.size
     args.steps, args.cfg = args.steps or pipeline.steps, pipeline.cfg if args.cfg is None else args.cfg
+    args.temperature = args.temperature or pipeline.temperature
     args.score_condition = pipeline.score_condition if args.score_condition is None else args.score_condition
     args.model = "shapes" if folder == BUNDLED else "meissonic" if args.model == "auto" else args.model
     args.device, args.dtype = str(device), args.dtype or str(dtype)[6:]

@@ -61,7 +61,8 @@ import vq
 
 # One line for each stage: size x size pixels, global batch, steps, peak learning rate, that of the text encoder in
 # its share (0: frozen), compression layers or none, how many pictures of the world of shapes are drawn, which share of
-# them shows a single concept, and which is cropped and which spoilt (odd, a quarter each unless it is said).
+# them shows a single concept, which is cropped and which spoilt (odd, a quarter each unless it is said), and which of the
+# objects in the others are letters (a sixth).
 # vq: steps as an autoencoder (warm), the step at which the discriminator joins (adversary), pictures drawn (pool), and
 # how many colours and outlines make up a codebook that is computed, as the encoder then is, not trained (patches).
 PRESETS = {
@@ -76,7 +77,7 @@ PRESETS = {
         "vq": dict(size=64, batch=32, steps=2400, lr=2e-3, warm=0, adversary=2400, pool=6000, concepts=0.2, odd=0.0, patches=(8, 36)),
         "1": dict(size=32, batch=64, steps=2000, lr=1.2e-3, text=0.3, compress=True, pictures=150_000, concepts=1.0, odd=0.0),
         "2": dict(size=64, batch=48, steps=1500, lr=1e-3, text=0.3, compress=True, pictures=60_000, concepts=0.6, odd=0.0),
-        "3": dict(size=64, batch=48, steps=6000, lr=1e-3, text=0.3, compress=True, pictures=150_000, concepts=0.2, odd=0.0),
+        "3": dict(size=64, batch=48, steps=6000, lr=1e-3, text=0.3, compress=True, pictures=300_000, concepts=0.15, odd=0.0, letters=0.4),
     },
     "paper": {                                               # f = 16, the published sizes; steps and batches of section 2.5
         "vq": dict(size=256, batch=256, steps=200_000, lr=1e-4, warm=5000, adversary=100_000, pool=200_000),
@@ -470,16 +471,16 @@ def look(run, stage, step, number=16):
 
 class World:
     """`number` examples of the world of shapes; the i-th comes from a generator seeded with (seed, stage, i)."""
-    def __init__(self, seed, stage, size, number, concepts=0.0, odd=0.25):
+    def __init__(self, seed, stage, size, number, **shares):
         self.skipped = []
         self.key, self.size, self.number = [seed, STAGES.index(stage), 2 ** 32], size, number
-        self.concepts, self.odd = concepts, odd
+        self.shares = shares
 
     def __len__(self):
         return self.number
 
     def __getitem__(self, i):                                    # -> (size, size, 3) uint8, caption, micro (5,) float32
-        return data.training_example(np.random.default_rng([*self.key, i]), self.size, self.concepts, self.odd)
+        return data.training_example(np.random.default_rng([*self.key, i]), self.size, **self.shares)
 
 
 class Disk:
@@ -501,12 +502,12 @@ def source_of(run, stage):
     preset = run.stages[stage]
     if run.data:
         return Disk(run.data, run.seed, preset["size"])
-    return World(run.seed, stage, preset["size"], preset.get("pictures") or preset["pool"], *mixture(preset))
+    return World(run.seed, stage, preset["size"], preset.get("pictures") or preset["pool"], **mixture(preset))
 
 
 def mixture(preset):
-    """Shares of single concepts, and of cropped and of spoilt pictures."""
-    return preset.get("concepts", 0.0), preset.get("odd", 0.25)
+    """The shares by which a stage's pictures differ from the world's usual ones; see data.training_example."""
+    return {name: preset[name] for name in ("concepts", "odd", "letters") if name in preset}
 
 
 def pixels(pictures):
@@ -529,7 +530,7 @@ def encode(run, stage, chunk=1000):
     model = model.to(memory_format=torch.channels_last)                      # 1.25x on a CPU
     files = [p for part in ("vqvae", "tokenizer") for p in sorted((run.out / part).iterdir()) if p.is_file()]
     about = {"source": f"{run.data or 'shapes'}, {len(source)} pictures, seed {run.seed}, {run.stages[stage]['size']} px, "
-                       f"concepts and odd {mixture(run.stages[stage])}, "
+                       f"{mixture(run.stages[stage])}, "
                        f"{[zlib.crc32(p.read_bytes()) for p in files]}"}
     folder.mkdir(parents=True, exist_ok=True)
     count = math.ceil(len(source) / chunk)
