@@ -706,13 +706,13 @@ def parse_arguments(argv):
     p.add_argument("--prompt", nargs="+", metavar="TEXT", help=f'one or more; "" is allowed (default: "{DEFAULT_PROMPT}")')
     p.add_argument("--prompt-file", type=Path, metavar="FILE", help="more prompts, one on each line, UTF-8")
     p.add_argument("--negative", default="", metavar="TEXT", help="what to steer away from (default: the empty prompt)")
-    p.add_argument("--steps", type=positive, help="sampling steps (default: the model's; 48 for meissonic, 16 for shapes)")
-    p.add_argument("--cfg", type=finite, help="guidance scale, 1 is none (default: the model's; 9 for meissonic, 3 for shapes)")
+    p.add_argument("--steps", type=positive, help="sampling steps (default: the model's; 48 for meissonic, 64 for shapes)")
+    p.add_argument("--cfg", type=finite, help="guidance scale, 1 is none (default: the model's; 9 for meissonic, 1.5 for shapes)")
     p.add_argument("--size", type=parse_size, metavar="N|WxH", help="pixels (default: the model's; 1024 for meissonic, 64 for shapes)")
     p.add_argument("--n", type=positive, default=1, help="pictures for each prompt, with seeds SEED, SEED + 1, ... (default: 1)")
     p.add_argument("--seed", type=int, default=0, help="the same seed gives the same picture (default: 0)")
     p.add_argument("--temperature", type=finite, nargs=2, metavar=("A", "B"),
-                   help="of the noise that chooses what to mask again, first to last step (default: the model's; 2 0 for meissonic)")
+                   help="of the noise that chooses what to mask again, first to last step (default: the model's; 2 0 for meissonic, 4 0 for shapes)")
     p.add_argument("--score-condition", type=finite, help="how good a picture to ask for (default: 6)")
     p.add_argument("--model", default="auto", help="shapes, meissonic, monetico, a hub id or a folder (default: auto: "
                    "meissonic where there is a CUDA GPU and the weights can be had, else shapes)")
