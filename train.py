@@ -788,7 +788,7 @@ def two_tone(images, colours, outlines, rng):
     share = ((patches - dark) * span).sum(2, keepdim=True) / span.square().sum(1, keepdim=True)
     share = share.clamp(0, 1)                                                  # of the lighter colour, (M, P, 1, 16)
     best = (dark + share * span - patches).square().sum((2, 3)).argmin(1)
-    share = k_means(share[torch.arange(len(best)), best, 0], outlines, rng, iterations=40)         # (outlines, 16)
+    share = k_means(share[torch.arange(len(best), device=best.device), best, 0], outlines, rng, iterations=40)         # (outlines, 16)
     paired = dark[:, None] + share[:, None] * span[:, None]                    # (P, outlines, 3, 16)
     return torch.cat([paired.flatten(0, 1), palette[..., None].expand(-1, -1, 16)]).unflatten(-1, (4, 4))
 
@@ -913,13 +913,14 @@ class Shared(nn.Module):
         self.table = nn.Parameter(torch.zeros(features.shape[1], weight[0].numel()))
 
     def forward(self, weight):
-        return weight + (self.features @ self.table).view_as(weight)
+        with torch.autocast(weight.device.type, enabled=False):                 # as exact as the sum that is saved
+            return weight + (self.features @ self.table).view_as(weight)
 
 
 @torch.no_grad()
-def share(transformer, features, anew):
-    """Let codes share what is learned of their features (V, F), in the embedding and in the head, in place; with `anew` they
-    start as nothing else."""
+def share_features(transformer, features, anew):
+    """Let codes share what is learned of their features (V, F), in the embedding and in the head, in place; with `anew` a
+    code starts as the sum of its features, each a random vector."""
     for module, std in ((transformer.embed.embeddings, 0.25), (transformer.mlm_layer.conv2, 0.04)):
         if anew:
             table = std * torch.randn(features.shape[1], module.weight[0].numel())
@@ -975,7 +976,7 @@ def new_student(run, preset):
     elif patches := run.stages.get("vq", {}).get("patches"):
         features = code_features(*patches)
         if len(features) == student.transformer.config.codebook_size:        # with --init it may be another model's
-            share(student.transformer, features, anew=not there("transformer"))
+            share_features(student.transformer, features, anew=not there("transformer"))
     return student.to(run.device)
 
 

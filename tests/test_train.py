@@ -113,7 +113,7 @@ def test_codes_share_what_is_learned_of_their_features():
     student, features = tiny_student(), torch.eye(20).repeat(2, 1)              # 40 codes: c and c + 20 are of a kind
     ids, tokens, mask, rates, micro = tiny_batch()
     before = student(ids, tokens, mask, rates, micro)[0]
-    train.share(student.transformer, features, anew=False)
+    train.share_features(student.transformer, features, anew=False)
     torch.testing.assert_close(student(ids, tokens, mask, rates, micro)[0], before)
     embedding = student.transformer.embed.embeddings
     start = embedding.weight.detach().clone()                                  # (41, C)
