@@ -109,7 +109,8 @@ def _colour(rng, noun, unseen=False):
 
 def sample_claim(rng, task=None, unseen=False, letters=1 / 6):
     """Draw a Claim; `task` one of TASKS, "long" (all properties named), or None for the training mixture. Letters are 26
-    of 34 nouns but this share of the objects, so that shapes stay the common case. With `unseen` the first thing is a colour-noun pair that training never shows (tasks that name colours)."""
+    of 34 nouns but this share of the objects, so that shapes stay the common case. With `unseen` the first thing is a
+    colour-noun pair that training never shows (tasks that name colours)."""
     if task is None:
         task = "long" if rng.random() < 0.25 else _pick(rng, TASKS)
     number = {"single": 1, "two": 2, "counting": 1, "colours": 1, "position": 2, "attribution": 2,
@@ -322,8 +323,8 @@ def spoil(rng, picture, degree):
 def training_example(rng, size, concepts=0.0, odd=0.25, letters=1 / 6):
     """One example with its micro conditions -> (uint8 (size, size, 3), caption, (5,) float32: original width and
     height, crop top and left, score). As in photographs, the share `odd` are crops of a larger picture, and as many are
-    spoilt, which their score tells: CLEAN less 4 at the worst. `concepts` is the share of single concepts, `letters` that of the other pictures' objects that
-    are letters."""
+    spoilt, which their score tells: CLEAN less 4 at the worst. `concepts` is the share of single
+    concepts, `letters` that of the other pictures' objects that are letters."""
     make = (lambda: concept(rng, size)) if rng.random() < concepts else (lambda: sample_example(rng, letters=letters))
     while held_out((made := make())[0]):
         pass

@@ -73,7 +73,7 @@ PRESETS = {
         "3": dict(size=128, batch=64, steps=12_000, lr=6e-4, text=0.3, compress=True, pictures=400_000, concepts=0.2),
         "4": dict(size=128, batch=64, steps=3000, lr=1e-4, text=1.0, compress=True, pictures=100_000),
     },
-    "cpu": {                                                 # compressed from the start; tokens of patches (see wire)
+    "cpu": {                                                 # compressed from the start; tokens of patches (see wire, two_tone)
         "vq": dict(size=64, batch=32, steps=2400, lr=2e-3, warm=0, adversary=2400, pool=6000, concepts=0.2, odd=0.0, patches=(8, 36)),
         "1": dict(size=32, batch=64, steps=2000, lr=1.2e-3, text=0.3, compress=True, pictures=150_000, concepts=1.0, odd=0.0),
         "2": dict(size=64, batch=48, steps=1500, lr=1e-3, text=0.3, compress=True, pictures=60_000, concepts=0.6, odd=0.0),
@@ -788,7 +788,8 @@ def two_tone(images, colours, outlines, rng):
     share = ((patches - dark) * span).sum(2, keepdim=True) / span.square().sum(1, keepdim=True)
     share = share.clamp(0, 1)                                                  # of the lighter colour, (M, P, 1, 16)
     best = (dark + share * span - patches).square().sum((2, 3)).argmin(1)
-    share = k_means(share[torch.arange(len(best), device=best.device), best, 0], outlines, rng, iterations=40)         # (outlines, 16)
+    share = share[torch.arange(len(best), device=best.device), best, 0]        # (M, 16)
+    share = k_means(share, outlines, rng, iterations=40)                       # (outlines, 16)
     paired = dark[:, None] + share[:, None] * span[:, None]                    # (P, outlines, 3, 16)
     return torch.cat([paired.flatten(0, 1), palette[..., None].expand(-1, -1, 16)]).unflatten(-1, (4, 4))
 

@@ -203,10 +203,12 @@ def test_defaults_come_from_the_checkpoint(cli, tmp_path):
 
 
 def test_published_defaults():
-    """A checkpoint without defaults is a published one: 1024 px with compression, 512 without, 48 steps, guidance 9."""
+    """A checkpoint without defaults is a published one: 1024 px with compression, 512 without, 48 steps, guidance 9,
+    noise 2 to 0."""
     for kind, side in (("compressed", 1024), ("plain", 512)):
         p = sample.Pipeline(GOLDEN / kind)
         assert (p.size, p.steps, p.cfg, p.score_condition, p.convention) == ((side, side), 48, 9.0, 6.0, "step")
+        assert p.temperature == (2.0, 0.0)
 
 
 @pytest.mark.parametrize("kind", ("compressed", "plain"))
@@ -647,11 +649,11 @@ def test_the_first_command_makes_the_right_picture(tmp_path):
 
 
 def test_the_bundled_model_follows_captions():
-    """A glance at what `--score` measures: 6 held-out captions of each task, with room below the 0.47 that 50 have, as
-    another processor rounds to other pictures."""
+    """A glance at what `--score` measures: 6 held-out captions of each task, with room below the 0.61 that these
+    have, as another processor rounds to other pictures."""
     assert sample.BUNDLED.is_dir(), "weights/shapes is not there"
     shares = sample.score_tasks(sample.Pipeline(sample.BUNDLED), number=6, tasks=data.TASKS, progress=iter)
-    assert shares["overall"] >= 0.3, shares
+    assert shares["overall"] >= 0.4, shares
 
 
 def test_every_flag_has_help(cli):

@@ -87,7 +87,7 @@ def test_a_code_is_two_colours_and_an_outline():
     book, features = train.two_tone(images, 8, 36, np.random.default_rng(0)), train.code_features(8, 36)
     assert book.shape == (1016, 3, 4, 4) and features.shape == (1016, 8 + 28 + 36 + 1)
     error = torch.cdist(train.patches_of(others).flatten(1), book.flatten(1)).square().amin(1).mean() / 48
-    assert -10 * error.log10() > 30                                            # dB; 8 colours alone have 23
+    assert -10 * error.log10() > 30                                            # dB
     palette, pixels = book[-8:, :, 0, 0], book.flatten(2)                       # (8, 3), (1016, 3, 16)
     assert (book[-8:] == palette[..., None, None]).all() and (palette.sum(1).diff() > 0).all()
     expected = (np.array([*data.COLOURS.values()]) / 255).tolist()
