@@ -461,6 +461,9 @@ def published_rows(model):
 # Sampling (section 2.2 and MaskGIT, Chang et al. 2022)
 
 
+REDRAWN = 0.25                                    # share of the tokens that a redraw masks again
+
+
 def masked_counts(steps, tokens, schedule="cosine"):
     """Tokens still masked after each step: floor(tokens * cos(pi/2 (i+1)/steps)), or falling linearly, but at
     least one revealed by every step and none masked after the last. -> list of `steps` ints.
@@ -566,16 +569,18 @@ class Graph:
 
 @torch.no_grad()
 def sample(model, text, negative, tokens, seeds, steps, guidance=9.0, temperature=(2.0, 0.0), schedule="cosine",
-           convention="step", progress=iter, watch=None, plain=False):
+           convention="step", redraws=0, progress=iter, watch=None, plain=False):
     """Fill in the masked tokens.
 
     tokens (B, h, w) int64     config.mask_token where unknown, the same number in each picture of the batch;
                                known tokens never change
     seeds (B,) ints            one for each picture: it depends on its own seed and text alone
     temperature                of the Gumbel noise on the confidences, from the first step to the last
+    redraws                    how often, once all is known, REDRAWN of it at random is masked again and the last steps are
+                               repeated: what was drawn early then fits what came late (remasking, Wang et al. 2025)
     progress                   wraps the range of steps, e.g. tqdm
-    watch                      called as watch(i, believed (B, h, w), masked (B, h, w) bool) for i = 0 ... steps: what
-                               was unknown before step i, and the picture with a draw for it; at the end nothing is
+    watch                      called as watch(n, believed (B, h, w), masked (B, h, w) bool) for n = 0, 1, ...: what was
+                               unknown before the nth step, and the picture with a draw for it; at the end nothing is
     plain                      plain_path in place of fast_path: the same picture, but for rounding
     -> (B, h, w) int64
     """
@@ -584,26 +589,33 @@ def sample(model, text, negative, tokens, seeds, steps, guidance=9.0, temperatur
     unknown = flat == model.config.mask_token
     if len(set(unknown.sum(1).tolist())) != 1:
         raise ValueError("the pictures of a batch must have equally many masked tokens")
-    positions = unknown.nonzero()[:, 1].view(len(flat), -1)                                        # (B, M)
+    drawn_here = positions = unknown.nonzero()[:, 1].view(len(flat), -1)                           # (B, M)
     counts = masked_counts(steps, positions.shape[1], schedule) if positions.numel() else []
     masked = [m for m in (positions.shape[1], *counts[:-1]) if m]             # before each step; none are idle ones
     times = [timestep(convention, i, steps, m, flat.shape[1]) for i, m in enumerate(masked)]
+    back = next((i for i, m in enumerate(masked) if m <= REDRAWN * masked[0]), len(masked) - 1)
+    order = [*range(len(masked)), *list(range(back, len(masked))) * redraws]
     look = (plain_path if plain else fast_path)(model, text, negative, times, guidance)
     weight = model.mlm_layer.conv2.weight.flatten(1)                                               # (V, C)
-    for i in progress(range(len(times))):
+    for n in progress(range(len(order))):
+        i = order[n]
+        if n >= len(masked) and i == back:
+            chance = kernels.confidence_noise(seeds, len(order) + n, drawn_here)                   # (B, M)
+            positions = kernels.remask(drawn_here, 0, chance, 1, masked[i])                        # (B, masked[i])
+            flat.scatter_(1, positions, model.config.mask_token)
         x = look(i, flat.view(shape), positions)                                                   # (B, M, V or C)
-        drawn, logp = kernels.sample_masked(x, positions, seeds, i) if plain else \
-            kernels.sample_from_head(x, weight, positions, seeds, i)                               # (B, M) twice
+        drawn, logp = kernels.sample_masked(x, positions, seeds, n) if plain else \
+            kernels.sample_from_head(x, weight, positions, seeds, n)                               # (B, M) twice
         heat = temperature[0] + (temperature[1] - temperature[0]) * i / max(steps - 1, 1)
-        noise = kernels.confidence_noise(seeds, i, positions)
+        noise = kernels.confidence_noise(seeds, n, positions)
         unknown = flat == model.config.mask_token
         flat.scatter_(1, positions, drawn)
         if watch:
-            watch(i, flat.view(shape).clone(), unknown.view(shape))
+            watch(n, flat.view(shape).clone(), unknown.view(shape))
         positions = kernels.remask(positions, logp, noise, heat, counts[i])                        # (B, counts[i])
         flat.scatter_(1, positions, model.config.mask_token)
-    for i in range(len(times), steps + 1) if watch else ():                  # the end, and the idle steps before it
-        watch(i, flat.view(shape), torch.zeros_like(unknown).view(shape))
+    for n in range(len(order), max(steps, len(order)) + 1) if watch else ():     # the end, and the idle steps before it
+        watch(n, flat.view(shape), torch.zeros_like(unknown).view(shape))
     return flat.view(shape)
 
 

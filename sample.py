@@ -150,7 +150,7 @@ class Pipeline:
 
     Attributes of use to others: `encoder`, `transformer`, `vq`; `mask_token`; `tokens_f` and `f`, pixels for each token
     and for each block position along a side (sizes must divide by `f`); and the checkpoint's defaults `size` (width,
-    height), `steps`, `cfg`, `temperature`, `score_condition`.
+    height), `steps`, `cfg`, `temperature`, `redraws`, `score_condition`.
     """
 
     def __init__(self, folder, device="cpu", dtype=torch.float32, lora=None, rounded=None):
@@ -216,10 +216,14 @@ class Pipeline:
             raise vq.CheckpointError(f"{path}: unknown rate_condition {self.convention!r}")
         if raw.get("mask_token_id", self.mask_token) != self.mask_token:
             raise vq.CheckpointError(f"{path}: mask_token_id {raw['mask_token_id']} is not the transformer's last token")
-        side = known.get("size", 1024 if compressed else 512)
-        self.size = (side, side)
-        self.steps, self.cfg = known.get("steps", 48), known.get("cfg", 9.0)
-        self.temperature, self.score_condition = tuple(known.get("temperature", (2.0, 0.0))), known.get("score_condition", 6.0)
+        try:
+            self.set_defaults(**{"size": 1024 if compressed else 512} | known)
+        except TypeError as e:
+            raise vq.CheckpointError(f"{path}: defaults: {e}") from None
+
+    def set_defaults(self, size, steps=48, cfg=9.0, temperature=(2.0, 0.0), redraws=0, score_condition=6.0):
+        self.size, self.steps, self.cfg, self.temperature = (size, size), steps, cfg, tuple(temperature)
+        self.redraws, self.score_condition = redraws, score_condition
 
     def check_size(self, width, height):
         """Raises UserError, naming the nearest size that fits, if the model's grid cannot take these pixels."""
@@ -245,11 +249,11 @@ class Pipeline:
         return meissonic.Text(hidden, pooled, micro.expand(len(prompts), 5))
 
     def paint(self, tokens, text, against, seeds, steps=None, cfg=None, temperature=None, schedule="cosine",
-              progress=iter, watch=None):
+              redraws=None, progress=iter, watch=None):
         """Fill in the tokens (B, h, w) that are mask_token; see meissonic.sample. None takes the checkpoint's default."""
         return meissonic.sample(self.transformer, text, against, tokens, seeds, steps or self.steps,
                                 self.cfg if cfg is None else cfg, temperature or self.temperature, schedule, self.convention,
-                                progress, watch)
+                                self.redraws if redraws is None else redraws, progress, watch)
 
     @torch.no_grad()
     def decode(self, tokens):
@@ -288,7 +292,7 @@ class Invented(Pipeline):
         self.device, self.dtype, self.rounded, self.lean, self.convention = torch.device(device), dtype, rounded, False, "step"
         config = meissonic.Config()
         self.mask_token, self.tokens_f, self.f = config.mask_token, 16, 32
-        self.size, self.steps, self.cfg, self.temperature, self.score_condition = (1024, 1024), 48, 9.0, (2.0, 0.0), 6.0
+        self.set_defaults(1024)
 
     def tokenizer(self, prompts):
         return torch.stack([torch.randint(49408, (77,), generator=torch.Generator().manual_seed(zlib.crc32(p.encode()))) for p in prompts])
@@ -564,9 +568,9 @@ def reconstruct(pipeline, path):
 # ---------------------------------------------------------------------------------------------------------
 # What a PNG tells of its making, and making it again
 
-SETTINGS = ("prompt", "negative", "seed", "steps", "cfg", "size", "temperature", "schedule", "score-condition", "model", "lora",
-            "device", "dtype", "batch", "image", "mask", "outpaint", "feather", "strength", "source", "film", "film-tokens", "sweep",
-            "reconstruct")
+SETTINGS = ("prompt", "negative", "seed", "steps", "cfg", "size", "temperature", "redraws", "schedule", "score-condition", "model",
+            "lora", "device", "dtype", "batch", "image", "mask", "outpaint", "feather", "strength", "source", "film", "film-tokens",
+            "sweep", "reconstruct")
 SOFTWARE = f"torch {torch.__version__}, numpy {np.__version__}, pillow {Image.__version__}"
 
 
@@ -675,6 +679,12 @@ def frames(text):
     return int(text)
 
 
+def times(text):
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
+
+
 def pixels(text):
     if not text.isdigit() or int(text) > 256:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 256")
@@ -687,7 +697,8 @@ def margins(text):
     return sides
 
 
-AXES = {"steps": positive, "cfg": finite, "temperature": finite, "seed": int, "score-condition": finite, "strength": share}
+AXES = {"steps": positive, "cfg": finite, "temperature": finite, "redraws": times, "seed": int, "score-condition": finite,
+        "strength": share}
 
 
 def axis(text):
@@ -706,13 +717,15 @@ def parse_arguments(argv):
     p.add_argument("--prompt", nargs="+", metavar="TEXT", help=f'one or more; "" is allowed (default: "{DEFAULT_PROMPT}")')
     p.add_argument("--prompt-file", type=Path, metavar="FILE", help="more prompts, one on each line, UTF-8")
     p.add_argument("--negative", default="", metavar="TEXT", help="what to steer away from (default: the empty prompt)")
-    p.add_argument("--steps", type=positive, help="sampling steps (default: the model's; 48 for meissonic, 64 for shapes)")
+    p.add_argument("--steps", type=positive, help="sampling steps (default: the model's; 48 for meissonic, 32 for shapes)")
     p.add_argument("--cfg", type=finite, help="guidance scale, 1 is none (default: the model's; 9 for meissonic, 1.5 for shapes)")
     p.add_argument("--size", type=parse_size, metavar="N|WxH", help="pixels (default: the model's; 1024 for meissonic, 64 for shapes)")
     p.add_argument("--n", type=positive, default=1, help="pictures for each prompt, with seeds SEED, SEED + 1, ... (default: 1)")
     p.add_argument("--seed", type=int, default=0, help="the same seed gives the same picture (default: 0)")
     p.add_argument("--temperature", type=finite, nargs=2, metavar=("A", "B"),
                    help="of the noise that chooses what to mask again, first to last step (default: the model's; 2 0 for meissonic, 4 0 for shapes)")
+    p.add_argument("--redraws", type=times, metavar="N", help="times that a quarter of the finished picture's tokens, at random, is drawn "
+                   "again (default: the model's; 0 for meissonic, 4 for shapes)")
     p.add_argument("--score-condition", type=finite, help="how good a picture to ask for (default: 6)")
     p.add_argument("--model", default="auto", help="shapes, meissonic, monetico, a hub id or a folder (default: auto: "
                    "meissonic where there is a CUDA GPU and the weights can be had, else shapes)")
@@ -873,14 +886,18 @@ def check_flags(args):
 
 def paint(pipeline, args, edit, prompts, seeds, progress=iter, watch=None):
     """One batch of pictures as the arguments say; of an Edit, where there is one -> tokens (B, h, w)."""
-    settings = dict(negative=args.negative, steps=args.steps, cfg=args.cfg, temperature=args.temperature,
-                    score=args.score_condition, schedule=args.schedule, progress=progress, watch=watch)
-    if edit is None:
-        return pipeline.draw(prompts, seeds, size=args.size, **settings)
-    size = args.size or pipeline.fit(*edit.picture.size)
-    tokens = edit.start(pipeline, prompts, seeds, size, args.score_condition)
-    settings["steps"] = edit.steps(args.steps)
-    return pipeline.draw(prompts, seeds, size=size, tokens=tokens, **settings)
+    settings = sampling(args) | {"progress": progress, "watch": watch}
+    if edit:
+        settings["size"] = args.size or pipeline.fit(*edit.picture.size)
+        settings["tokens"] = edit.start(pipeline, prompts, seeds, settings["size"], args.score_condition)
+        settings["steps"] = edit.steps(args.steps)
+    return pipeline.draw(prompts, seeds, **settings)
+
+
+def sampling(args):
+    """The settings of Pipeline.draw that are arguments."""
+    return {name: getattr(args, name) for name in ("negative", "size", "steps", "cfg", "temperature", "redraws", "schedule")} | {
+        "score": args.score_condition}
 
 
 def finish(pipeline, edit, tokens):
@@ -906,26 +923,21 @@ def run(args):
     pipeline.check_size(*(args.size or pipeline.size))
     print(f"model: {why_model} | device: {device} ({why_device}) | dtype: {args.dtype or str(dtype)[6:]} ({why_dtype}) | "
           f"kernels: {kernel_path(device, dtype)} | seed: {args.seed}")
+    for name in ("steps", "cfg", "temperature", "redraws", "score_condition") + ("size",) * (edit is None):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(pipeline, name))
     if args.bench:
         from kernels import bench                                   # measures, and is of no use to a picture
-        return bench.picture(meissonic, pipeline, args.size or pipeline.size, args.n, args.steps or pipeline.steps,
-                             pipeline.cfg if args.cfg is None else args.cfg)
-    settings = dict(negative=args.negative, size=args.size or pipeline.size, steps=args.steps, cfg=args.cfg,
-                    temperature=args.temperature, score=args.score_condition, schedule=args.schedule)
+        return bench.picture(meissonic, pipeline, args.size or pipeline.size, args.n, args.steps, args.cfg)
     if args.score:
-        for task, right in score_tasks(pipeline, args.score, **settings).items():
+        for task, right in score_tasks(pipeline, args.score, **sampling(args)).items():
             print(f"{task:12} {right:.2f}")
     if args.score_edits:
         print(f"{'':12} mask-free     at random\n{'':12} shows   kept  shows   kept")
-        for kind, ways in score_edits(pipeline, args.score_edits, args.strength, **settings).items():
+        for kind, ways in score_edits(pipeline, args.score_edits, args.strength, **sampling(args)).items():
             print(f"{kind:12} " + "  ".join(f"{shows:5.2f}  {kept:5.2f}" for shows, kept in ways))
     if args.score or args.score_edits:
         return
-    if edit is None:
-        args.size = args.size or pipeline.size
-    args.steps, args.cfg = args.steps or pipeline.steps, pipeline.cfg if args.cfg is None else args.cfg
-    args.temperature = args.temperature or pipeline.temperature
-    args.score_condition = pipeline.score_condition if args.score_condition is None else args.score_condition
     args.model = "shapes" if folder == BUNDLED else "meissonic" if args.model == "auto" else args.model
     args.device, args.dtype = str(device), args.dtype or str(dtype)[6:]
     text |= {"software": SOFTWARE, "weights": fingerprint(folder, dtype)}

@@ -314,7 +314,7 @@ def test_a_film_of_an_edit(cli):
 
 
 @pytest.mark.parametrize("axes", (["steps=1,3", "cfg=1,4.5"], ["temperature=0,9", "seed=5,-2"], ["strength=0,1", "score-condition=6,1"],
-                                  ["seed=1,2,3"]), ids=" ".join)
+                                  ["redraws=0,2"]), ids=" ".join)
 def test_a_sweep_is_its_single_runs(cli, axes):
     noise(64, 64).save("p.png")
     base = ("--prompt", "a star", *RUN, "--size", 64, *(["--image", "p.png"] if "strength" in axes[0] else []))
@@ -347,7 +347,7 @@ def test_reconstruct(cli, pipeline):
 
 
 @pytest.mark.parametrize("flags", (
-    ["--negative", "ein Grün\nund -1", "--cfg", -1.5, "--temperature", 1, -0.5, "--schedule", "linear", "--score-condition", 3],
+    ["--negative", "ein Grün\nund -1", "--cfg", -1.5, "--temperature", 1, -0.5, "--schedule", "linear", "--score-condition", 3, "--redraws", 2],
     ["--n", 3, "--seed=-2", "--film", 2], ["--image", "p.png", "--mask", "m.png", "--feather", 3], ["--image", "p.png", "--source", ""],
     ["--image", "p.png", "--strength", 0.5], ["--image", "p.png", "--outpaint", "0,3,0,9"], ["--sweep", "cfg=1,2", "seed=0,1"],
     ["--reconstruct", "p.png"]), ids=lambda f: f[0] + str(f[-1]))

@@ -1,6 +1,7 @@
 """What holds for every size, seed and schedule."""
 import math
 from functools import lru_cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -202,21 +203,23 @@ def draw_pictures(model, tokens, seeds, text_seed=0, **options):
 def test_sampling_fills_in_the_mask_alone(seed, h, w, draw):
     """Known tokens never change, none is masked at the end, and the counts of the schedule are what is revealed."""
     model, total = model_of(), 4 * h * w
-    unknown, steps = draw.draw(st.integers(1, total)), draw.draw(st.integers(1, 9))
+    unknown, steps, redraws = draw.draw(st.integers(1, total)), draw.draw(st.integers(1, 9)), draw.draw(st.integers(0, 2))
     schedule, convention = draw.draw(SCHEDULE), draw.draw(st.sampled_from(("step", "rate", "rate1000")))
     tokens = masked_grid(seed, 2, 2 * h, 2 * w, unknown, model)
     start, mask, seen = tokens.clone(), model.config.mask_token, []
     run = model.run
     model.run = lambda t, *rest: (seen.append((t == mask).flatten(1).sum(1).tolist()), run(t, *rest))[1]
     try:
-        out = draw_pictures(model, tokens, [seed, seed + 1], steps=steps, schedule=schedule, convention=convention)
+        out = draw_pictures(model, tokens, [seed, seed + 1], steps=steps, schedule=schedule, convention=convention, redraws=redraws)
     finally:
         del model.run
     assert torch.equal(tokens, start)                                             # the caller's tokens are untouched
     assert torch.equal(out[start != mask], start[start != mask])
     assert (out >= 0).all() and (out < model.config.codebook_size).all()
     before = [n for n in [unknown] + meissonic.masked_counts(steps, unknown, schedule) if n]
-    assert [s[0] for s in seen] == before[:len(seen)] and len(seen) == min(steps, len(before))
+    before = before[:steps]
+    again = [n for n in before if 4 * n <= unknown] or before[-1:]                # a quarter of what was drawn, or the least there is
+    assert [s[0] for s in seen] == before + redraws * again
     assert all(s == [s[0]] * 4 for s in seen)                                     # both pictures, both passes
 
 
@@ -252,11 +255,11 @@ def test_prompts_matter():
 @given(SEED, st.integers(2, 4), st.data())
 def test_neighbours_do_not_matter(seed, batch, draw):
     """Picture i stays when every other picture of the batch gets another seed and other texts, or changes places."""
-    model, g = model_of(), generator(seed)
+    model, g, draws = model_of(), generator(seed), draw.draw(st.integers(0, 2))
     tokens = torch.full((batch, 4, 4), model.config.mask_token)
     seeds = torch.randint(-2 ** 62, 2 ** 62, (batch,), generator=g)
     text, negative, others = (random_text(g, batch, model) for _ in range(3))
-    run = lambda t, n, s: meissonic.sample(model, t, n, tokens, s, 5, 2.0)
+    run = lambda t, n, s: meissonic.sample(model, t, n, tokens, s, 5, 2.0, redraws=draws)
     alone = draw.draw(st.integers(0, batch - 1))
     mixed = lambda a: meissonic.Text(*(torch.where((torch.arange(batch) == alone).view(-1, *[1] * (x.dim() - 1)), x, y)
                                        for x, y in zip(vars(a).values(), vars(others).values())))
@@ -277,6 +280,21 @@ def test_temperature_and_counts_of_each_step(monkeypatch, steps, temperature):
     draw_pictures(model_of(), tokens, [0], steps=steps, temperature=temperature)
     heats, counts = zip(*seen)
     assert np.allclose(heats, np.linspace(*temperature, steps)) and list(counts) == meissonic.masked_counts(steps, 16)
+
+
+def test_redraws_mend_what_was_drawn_blindly(monkeypatch, pictures=200, side=4):
+    """A world whose pictures have one colour. In four steps tokens of the same step do not know of each other, and few
+    pictures are whole; drawn again beside the others, all come to be, in each colour as often."""
+    model = SimpleNamespace(config=SimpleNamespace(mask_token=2), mlm_layer=SimpleNamespace(conv2=SimpleNamespace(weight=torch.eye(2)[..., None, None])))
+    def majority(model, text, negative, times, guidance):
+        lead = lambda tokens: ((tokens == 1).sum((1, 2)) - (tokens == 0).sum((1, 2))) / 2                    # (B,)
+        return lambda i, tokens, positions: lead(tokens)[:, None, None] * torch.tensor([-1, 1]).expand(*positions.shape, 2)
+    monkeypatch.setattr(meissonic, "fast_path", majority)
+    ones = [meissonic.sample(model, None, None, torch.full((pictures, side, side), 2), range(pictures), 4, redraws=n).float().mean((1, 2))
+            for n in (0, 20)]                                                                               # (B,) each
+    whole = [((x == 0) | (x == 1)).float().mean().item() for x in ones]
+    assert whole[0] < 0.6 and whole[1] > 0.95 and abs(ones[1].mean() - 0.5) < 0.1
+    assert ((ones[0] > 0.5) == (ones[1] > 0.5))[(ones[0] - 0.5).abs() > 0.25].float().mean() > 0.9          # mended, not made anew
 
 
 @given(SEED, st.integers(1, 50), st.data())

@@ -137,7 +137,7 @@ def test_rectangles(cli):
 
 
 @pytest.mark.parametrize("option", (["--steps", 5], ["--cfg", 1], ["--seed", 1], ["--negative", "a heart"], ["--temperature", 0, 0],
-                                    ["--score-condition", 1]), ids=lambda o: o[0])
+                                    ["--redraws", 1], ["--score-condition", 1]), ids=lambda o: o[0])
 def test_options_reach_the_picture(cli, option):
     """Each changes it, by itself; the same command again does not."""
     base = ("--prompt", "a red star", *SMALL, "--steps", 6, "--size", 128)
@@ -208,7 +208,7 @@ def test_published_defaults():
     for kind, side in (("compressed", 1024), ("plain", 512)):
         p = sample.Pipeline(GOLDEN / kind)
         assert (p.size, p.steps, p.cfg, p.score_condition, p.convention) == ((side, side), 48, 9.0, 6.0, "step")
-        assert p.temperature == (2.0, 0.0)
+        assert (p.temperature, p.redraws) == ((2.0, 0.0), 0)
 
 
 @pytest.mark.parametrize("kind", ("compressed", "plain"))
@@ -299,6 +299,7 @@ BREAKS = dict(
     rate=(lambda f: edit_json(f / "scheduler/scheduler_config.json", rate_condition="speed"), "speed"),
     mask=(lambda f: edit_json(f / "scheduler/scheduler_config.json", mask_token_id=5), "mask_token_id"),
     defaults=(lambda f: edit_json(f / "scheduler/scheduler_config.json", defaults=[3]), "scheduler"),
+    default=(lambda f: edit_json(f / "scheduler/scheduler_config.json", defaults={"stepz": 3}), "stepz"),
     merges=(lambda f: (f / "tokenizer/merges.txt").write_text("#version\nqq zz\n"), "tokenizer"),
     vocab=(lambda f: (f / "tokenizer/vocab.json").write_text("{}"), "tokenizer"),
     vocab_cut=(lambda f: cut(f / "tokenizer/vocab.json"), "tokenizer"),
@@ -660,7 +661,7 @@ def test_every_flag_has_help(cli):
     status, out, _ = cli("--help")
     assert status == 0
     for flag in ("--prompt", "--prompt-file", "--negative", "--steps", "--cfg", "--size", "--n", "--seed", "--temperature",
-                 "--score-condition", "--model", "--device", "--dtype", "--out", "--score", "--image", "--mask", "--outpaint", "--feather",
+                 "--redraws", "--score-condition", "--model", "--device", "--dtype", "--out", "--score", "--image", "--mask", "--outpaint", "--feather",
                  "--strength", "--source", "--schedule", "--score-edits", "--film", "--film-tokens", "--sweep", "--reconstruct", "--like"):
         assert f"  {flag} " in out or f"  {flag}\n" in out
 
