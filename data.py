@@ -44,6 +44,7 @@ SIZES = dict(small=2 * CELL, large=3 * CELL)                  # half the larger 
 COUNTS = {1: "a", 2: "two", 3: "three", 4: "four"}
 RELATIONS = {"left": ("left of", "to the left of"), "right": ("right of", "to the right of"),
              "above": ("above", "over"), "below": ("below", "under")}
+MIRRORED = {"right": "left", "below": "above"}                # the same with the two objects exchanged
 CLEAN = 6.0                                                   # the score, a micro condition, of an unspoilt picture
 TASKS = ("single", "two", "counting", "colours", "position", "attribution")
 
@@ -107,10 +108,11 @@ def _colour(rng, noun, unseen=False):
     return _pick(rng, [c for c in COLOURS if ((c, noun) in HELD_OUT) == unseen])
 
 
-def sample_claim(rng, task=None, unseen=False, letters=1 / 6):
+def sample_claim(rng, task=None, unseen=False, letters=1 / 6, mirrored=0.5):
     """Draw a Claim; `task` one of TASKS, "long" (all properties named), or None for the training mixture. Letters are 26
-    of 34 nouns but this share of the objects, so that shapes stay the common case. With `unseen` the first thing is a
-    colour-noun pair that training never shows (tasks that name colours)."""
+    of 34 nouns but the share `letters` of the objects, so that shapes stay the common case; `mirrored`, at most a half, is
+    the share of relations that are "right" or "below". With `unseen` the first thing is a colour-noun pair that training
+    never shows (tasks that name colours)."""
     if task is None:
         task = "long" if rng.random() < 0.25 else _pick(rng, TASKS)
     number = {"single": 1, "two": 2, "counting": 1, "colours": 1, "position": 2, "attribution": 2,
@@ -127,8 +129,10 @@ def sample_claim(rng, task=None, unseen=False, letters=1 / 6):
         things.append(thing)
     clash = len({t.noun for t in things}) < number             # "a star and a star" would be counting
     if clash and not (named and len({(t.noun, t.colour) for t in things}) == number):
-        return sample_claim(rng, task, unseen, letters)
+        return sample_claim(rng, task, unseen, letters, mirrored)
     relation = _pick(rng, tuple(RELATIONS)) if task == "position" or (task == "long" and number == 2) else None
+    if relation in MIRRORED and mirrored < 0.5 and rng.random() >= 2 * mirrored:
+        relation = MIRRORED[relation]
     colours = {t.colour for t in things}
     background = _pick(rng, [c for c in COLOURS if c not in colours]) if rng.random() < 0.6 else None
     return Claim(task, tuple(things), relation, background)
@@ -284,13 +288,24 @@ def draw(scene, size):
     return picture
 
 
-def sample_example(rng, task=None, letters=1 / 6):
-    """A caption, a scene that shows it and the claim; nothing that is held out."""
+def sample_example(rng, task=None, **shares):
+    """A caption, a scene that shows it and the claim; nothing that is held out. `shares` as for sample_claim."""
     while True:
-        claim = sample_claim(rng, task, letters=letters)
+        claim = sample_claim(rng, task, **shares)
         text = caption(rng, claim)
         if not held_out(text):
             return text, sample_scene(rng, claim), claim
+
+
+def whereabouts(scene):
+    """What a caption lets one guess of its scene -> (182,) float32 of 0 and 1: for the left, right, upper and lower half
+    which colours and nouns have an object's centre there; the ground's colour; how many objects there are, up to 6."""
+    halves = np.zeros((4, len(COLOURS) + len(NOUNS)), np.float32)
+    names = [*COLOURS, *NOUNS]
+    for item in scene.items:
+        for half in (int(item.x >= 0.5), 2 + int(item.y >= 0.5)):
+            halves[half, [names.index(item.colour), names.index(item.noun)]] = 1
+    return np.concatenate([halves.ravel(), np.array(list(COLOURS)) == scene.background, np.arange(1, 7) == len(scene.items)]).astype(np.float32)
 
 
 def example(rng, size, task=None):
@@ -320,12 +335,12 @@ def spoil(rng, picture, degree):
     return Image.fromarray((np.asarray(blurred) + cast + noise).clip(0, 255).astype(np.uint8))
 
 
-def training_example(rng, size, concepts=0.0, odd=0.25, letters=1 / 6):
+def training_example(rng, size, concepts=0.0, odd=0.25, **shares):
     """One example with its micro conditions -> (uint8 (size, size, 3), caption, (5,) float32: original width and
     height, crop top and left, score). As in photographs, the share `odd` are crops of a larger picture, and as many are
-    spoilt, which their score tells: CLEAN less 4 at the worst. `concepts` is the share of single
-    concepts, `letters` that of the other pictures' objects that are letters."""
-    make = (lambda: concept(rng, size)) if rng.random() < concepts else (lambda: sample_example(rng, letters=letters))
+    spoilt, which their score tells: CLEAN less 4 at the worst. `concepts` is the share of single concepts; `shares` of
+    sample_claim are those of the other pictures."""
+    make = (lambda: concept(rng, size)) if rng.random() < concepts else (lambda: sample_example(rng, **shares))
     while held_out((made := make())[0]):
         pass
     text, scene, _ = made

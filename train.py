@@ -2,13 +2,14 @@
 
     python train.py --out runs/shapes                         # all stages in turn; --resume goes on after any interruption
     python train.py --preset cpu --out runs/cpu               # smaller pictures: two CPU cores, an afternoon
-    python train.py --out runs/shapes --stage 3 --resume      # one stage: tokenizer, vq, 1, 2, 3, 4
+    python train.py --out runs/shapes --stage 3 --resume      # one stage: tokenizer, text, vq, 1, 2, 3, 4
     python train.py --init meissonic --data photos --preset paper --stage 4 --lora 16        # fine-tune public weights
     python train.py --encode --data photos --init meissonic --stage 4 --preset paper         # pictures to tokens, no more
     torchrun --nproc_per_node=8 train.py --preset paper --data "laion/*.tar" --init parts    # one node or many; --shard
     python train.py --benchmark                               # samples per second, share of the hardware's peak
 
 tokenizer    byte pairs learned from the captions
+text         the text encoder learns what captions say of their scenes (the paper's comes from CLIP)
 vq           pictures -> tokens -> pictures: an autoencoder first, its codebook drawn from the data, then quantised,
              last against a discriminator (VQ-GAN, Esser et al. 2021; its perceptual loss is left out)
 1 2 3 4      masked-token modelling on pictures that are encoded once: concepts at low resolution; twice that, long
@@ -60,24 +61,27 @@ import sample
 import vq
 
 # One line for each stage: size x size pixels, global batch, steps, peak learning rate, that of the text encoder in
-# its share (0: frozen), compression layers or none, how many pictures of the world of shapes are drawn, which share of
+# its share (text; 0: frozen), compression layers or none, how many pictures of the world of shapes are drawn, which share of
 # them shows a single concept, which is cropped and which spoilt (odd, a quarter each unless it is said), and which of the
 # objects in the others are letters (a sixth).
-# vq: steps as an autoencoder (warm), the step at which the discriminator joins (adversary), pictures drawn (pool), and
+# Stage text: the text encoder alone, from captions and scenes (the paper takes CLIP's).
+# Stage vq: steps as an autoencoder (warm), the step at which the discriminator joins (adversary), pictures drawn (pool), and
 # how many colours and outlines make up a codebook that is computed, as the encoder then is, not trained (patches).
 PRESETS = {
     "shapes": {                                              # f = 4: 8 x 8, 16 x 16, then 32 x 32 tokens
+        "text": dict(steps=4000, batch=64, lr=1e-3),
         "vq": dict(size=64, batch=32, steps=6000, lr=2e-3, warm=800, adversary=5000, pool=12_000),
-        "1": dict(size=32, batch=64, steps=6000, lr=1.2e-3, text=0.3, compress=False, pictures=200_000, concepts=1.0),
-        "2": dict(size=64, batch=64, steps=12_000, lr=8e-4, text=0.3, compress=False, pictures=400_000, concepts=0.4),
-        "3": dict(size=128, batch=64, steps=12_000, lr=6e-4, text=0.3, compress=True, pictures=400_000, concepts=0.2),
+        "1": dict(size=32, batch=64, steps=6000, lr=1.2e-3, text=0.0, compress=False, pictures=200_000, concepts=1.0),
+        "2": dict(size=64, batch=64, steps=12_000, lr=8e-4, text=0.0, compress=False, pictures=400_000, concepts=0.4),
+        "3": dict(size=128, batch=64, steps=12_000, lr=6e-4, text=0.0, compress=True, pictures=400_000, concepts=0.2),
         "4": dict(size=128, batch=64, steps=3000, lr=1e-4, text=1.0, compress=True, pictures=100_000),
     },
     "cpu": {                                                 # compressed from the start; tokens of patches (see wire, two_tone)
+        "text": dict(steps=4000, batch=64, lr=1e-3),
         "vq": dict(size=64, batch=32, steps=2400, lr=2e-3, warm=0, adversary=2400, pool=6000, concepts=0.2, odd=0.0, patches=(8, 36)),
-        "1": dict(size=32, batch=64, steps=2000, lr=1.2e-3, text=0.3, compress=True, pictures=150_000, concepts=1.0, odd=0.0),
-        "2": dict(size=64, batch=48, steps=1500, lr=1e-3, text=0.3, compress=True, pictures=60_000, concepts=0.6, odd=0.0),
-        "3": dict(size=64, batch=48, steps=6000, lr=1e-3, text=0.3, compress=True, pictures=300_000, concepts=0.15, odd=0.0, letters=0.4),
+        "1": dict(size=32, batch=64, steps=2000, lr=1.2e-3, text=0.0, compress=True, pictures=150_000, concepts=1.0, odd=0.0),
+        "2": dict(size=64, batch=48, steps=1500, lr=1e-3, text=0.0, compress=True, pictures=60_000, concepts=0.6, odd=0.0),
+        "3": dict(size=64, batch=48, steps=6000, lr=1e-3, text=0.0, compress=True, pictures=300_000, concepts=0.15, odd=0.0, letters=0.4),
     },
     "paper": {                                               # f = 16, the published sizes; steps and batches of section 2.5
         "vq": dict(size=256, batch=256, steps=200_000, lr=1e-4, warm=5000, adversary=100_000, pool=200_000),
@@ -87,7 +91,7 @@ PRESETS = {
         "4": dict(size=1024, batch=256, steps=10_000, lr=1e-5, text=1.0, compress=True, pictures=1_000_000),
     },
 }
-STAGES = ("tokenizer", "vq", "1", "2", "3", "4")
+STAGES = ("tokenizer", "text", "vq", "1", "2", "3", "4")
 KEEP = 2                                                     # checkpoints of a stage
 
 SMALL = dict(
@@ -102,7 +106,7 @@ SMALL = dict(
 MODELS = {"shapes": SMALL,
           "cpu": SMALL | dict(vq=SMALL["vq"] | dict(latent_channels=24, vq_embed_dim=24, num_vq_embeddings=1016),
                               transformer=SMALL["transformer"] | dict(codebook_size=1016, vocab_size=1017),
-                              sampling=dict(steps=64, cfg=1.5, temperature=(4.0, 0.0))),
+                              sampling=dict(steps=32, cfg=1.5, temperature=(4.0, 0.0), redraws=4)),
           "paper": dict(vq=dict(), transformer=dict(), text=dict(), sampling=dict(steps=48, cfg=9.0))}
 ABLATIONS = ("rope", "rate", "qk-norm", "micro", "multimodal", "compression")
 
@@ -423,17 +427,18 @@ def write_line(run, **entry):
 
 
 def draw_losses(log, path, width=640, height=320):
-    """log.jsonl -> a PNG, losses on a logarithmic scale: the VQ model above, below it the other stages side by side
-    on one scale, so that the seams between them show."""
+    """log.jsonl -> a PNG, losses on a logarithmic scale: the text encoder above, then the VQ model, below them the
+    transformer's stages side by side on one scale, so that the seams between them show."""
     rows = {}
     for line in log.read_text().splitlines():
         entry = json.loads(line)
         if "event" not in entry and entry["loss"] > 0:
-            points = rows.setdefault(entry["stage"] == "vq", {}).setdefault(entry["stage"], {})
+            row = rows.setdefault(entry["stage"] if entry["stage"] in ("text", "vq") else "transformer", {})
+            points = row.setdefault(entry["stage"], {})
             points[entry["step"]] = math.log10(entry["loss"])            # a step that was gone back on: the last counts
     picture = Image.new("RGB", (width, height * max(1, len(rows))), "white")
     pen = ImageDraw.Draw(picture)
-    for row, (_, curves) in enumerate(sorted(rows.items(), reverse=True)):
+    for row, curves in enumerate(rows.values()):
         values = [v for points in curves.values() for v in points.values()]
         low, high = min(values), max(max(values), min(values) + 1e-3)
         place = lambda v: height * row + 20 + (height - 60) * (high - v) / (high - low)
@@ -905,6 +910,46 @@ def fresh(student):
     student.transformer.cond_embed.linear_1.weight.data[:, :width] *= 2.5
 
 
+class Reader(nn.Module):
+    """The text encoder, and a linear layer, thrown away at the end, that tells from the pooled text what the picture shows."""
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+        self.answer = nn.Linear(encoder.config.projection_dim, len(data.whereabouts(data.Scene("red", ()))))
+
+    def forward(self, ids, told):
+        """ids (B, L), told (B, questions) of data.whereabouts -> binary cross-entropy, a scalar."""
+        return F.binary_cross_entropy_with_logits(self.answer(self.encoder(ids)[1]).float(), told)
+
+
+def train_text(run):
+    """The text encoder learns what a caption says of its scene, no picture drawn: minutes, where through the transformer
+    hours were too short. The paper's comes trained, from CLIP.
+
+    Which of two objects is "left" is a parity: it takes the order of the words and the relation, and either alone tells
+    nothing, so that gradients are blind. The first quarter has captions of two objects alone, four relations of five "left"
+    or "above": there order tells something by itself, and is learned; from order, the rest."""
+    preset = run.stages["text"]
+    steps, batch = preset["steps"], preset["batch"]
+    tokenizer = clip.Tokenizer.from_pretrained(run.out / "tokenizer")
+    student = Reader(new_student(run, {"compress": False, "text": 1.0}).encoder).to(run.device)
+
+    def losses(model, step, attempt):
+        rng, early = run.rng("text", step, attempt), step < steps // 4
+        made = [data.sample_example(rng, "position" if early or i % 2 else None, letters=0.3, mirrored=0.2 if early else 0.5)
+                for i in range(batch)]
+        ids, told = tokenizer([text for text, _, _ in made]), torch.from_numpy(np.stack([data.whereabouts(scene) for _, scene, _ in made]))
+        for ids, told in run.parts(ids, told):
+            with run.precision():
+                loss = model(ids.to(run.device), told.to(run.device))
+            yield loss / run.accumulate, {}
+
+    def finish(average, step):
+        save_part(run.out / "text_encoder", student.encoder, strip(average, "encoder."))
+
+    fit(run, "text", student, lambda: decay_groups(student), losses, batch, steps, preset["lr"], finish)
+
+
 class Shared(nn.Module):
     """The parametrisation W -> W + M T of a table of codes (V, ...): M (V, F) has the codes' features, T (F, ...) is
     trained with W and starts at zero. What is learned of one code is then learned of all that share a feature with it."""
@@ -967,6 +1012,8 @@ def new_student(run, preset):
         if preset["compress"] and not student.transformer.config.downsample and run.without != "compression":
             student.transformer = add_compression(student.transformer)
         student.probe = nn.Linear(student.transformer.config.pooled_projection_dim, student.transformer.config.codebook_size)
+    if not preset["text"] and not there("text_encoder"):
+        raise sample.UserError(f"{run.out / 'text_encoder'}: not there, and this stage does not train it: begin with --stage text, or --init")
     if not preset["text"] or run.lora:
         student.encoder.requires_grad_(False).eval()
         student.probe.requires_grad_(False)
@@ -1020,10 +1067,7 @@ def train_stage(run, stage, dropout=0.1):
 def save_model(run, student, average, size):
     """The averaged weights, float16, in the published layout, beside the VQ model and the tokenizer."""
     for name, part, module in (("text_encoder", "encoder.", student.encoder), ("transformer", "transformer.", student.transformer)):
-        with torch.device("meta"):
-            copied = type(module)(module.config)
-        copied.load_state_dict(merged(module, strip(average, part)), assign=True)
-        copied.save_pretrained(run.out / name, torch.float16)
+        save_part(run.out / name, module, strip(average, part))
     index = {"_class_name": "Pipeline", "_diffusers_version": "0.30.2",
              "scheduler": ["scheduler", "Scheduler"], "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
              "tokenizer": ["transformers", "CLIPTokenizer"], "transformer": ["transformer", "Transformer2DModel"],
@@ -1035,6 +1079,14 @@ def save_model(run, student, average, size):
     for path, content in ((run.out / "model_index.json", index), (run.out / "scheduler" / "scheduler_config.json", scheduler)):
         text = json.dumps(content, indent=2) + "\n"
         vq.write_whole(path, lambda p: Path(p).write_text(text))
+
+
+def save_part(folder, module, state):
+    """A model of the module's kind with these weights, float16."""
+    with torch.device("meta"):
+        copied = type(module)(module.config)
+    copied.load_state_dict(merged(module, state), assign=True)
+    copied.save_pretrained(folder, torch.float16)
 
 
 def merged(module, state):
@@ -1060,7 +1112,7 @@ def benchmark(run, repeats=5):
     print(f"matrix products reach {peak / 1e12:.2f} TFLOP/s in bfloat16")
     print(f"{'stage':>6} {'tokens':>7} {'batch':>6} {'plain':>10} {'ours':>10}  samples/s {'ratio':>6} {'MFU':>6} {'TFLOP/sample':>13}")
     for stage, preset in run.stages.items():
-        if stage == "vq":
+        if stage in ("text", "vq"):
             continue
         with torch.device(run.device):
             words = {clip.END: 655, **{i: i for i in range(655)}}         # as many as the small models' tokenizer has
@@ -1164,15 +1216,19 @@ def parse_arguments(argv):
     args = p.parse_args(argv)
     if args.steps and args.stage in (None, "tokenizer"):
         p.error("--steps wants --stage, one of " + ", ".join(STAGES[1:]))
-    if args.stage not in (None, "tokenizer", *PRESETS[args.preset]):
+    if args.stage not in (None, "tokenizer", *changed(PRESETS, args)):
         p.error(f"the preset {args.preset} has no stage {args.stage}")
     return args
 
 
 def changed(presets, args):
-    """The stages of --preset with --steps, --batch and --lr in place."""
+    """The stages of --preset with --steps, --batch and --lr in place. Pictures of one's own have no scenes: where the text
+    encoder would learn from those, it learns along."""
     new = {k: v for k, v in (("steps", args.steps), ("batch", args.batch), ("lr", args.lr)) if v}
-    return {stage: preset | new for stage, preset in presets[args.preset].items()}
+    stages = {stage: preset | new for stage, preset in presets[args.preset].items()}
+    if args.data != "shapes" and stages.pop("text", None):
+        stages |= {stage: preset | {"text": preset["text"] or 0.3} for stage, preset in stages.items() if "text" in preset}
+    return stages
 
 
 def main(argv=None):
@@ -1225,6 +1281,9 @@ def run_stage(stage, run, encode_only):
             length = MODELS[run.preset]["text"].get("max_position_embeddings", 77)
             train_tokenizer(captions(run), length).save_pretrained(run.out / "tokenizer")
         run.wait()
+    elif stage == "text":
+        if not adopted("text_encoder") and not (run.resume and steps_done(run, "text") >= run.stages["text"]["steps"]):
+            train_text(run)
     elif stage == "vq":
         if not adopted("vqvae") and not (run.resume and steps_done(run, "vq") >= run.stages["vq"]["steps"]):
             train_vq(run)

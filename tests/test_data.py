@@ -239,6 +239,23 @@ def test_evaluation_captions_are_held_out(task):
     assert pairs == data.test_claims(task, 100) and texts != [t for t, _ in data.test_claims(task, 100, seed=1)]
 
 
+@pytest.mark.parametrize("mirrored", (0.5, 0.2, 0.0))
+def test_the_share_of_mirrored_relations(mirrored):
+    claims = [data.sample_claim(np.random.default_rng(i), "position", mirrored=mirrored) for i in range(2000)]
+    share = np.mean([c.relation in ("right", "below") for c in claims])
+    assert abs(share - mirrored) < 0.035 and {c.relation for c in claims} >= {"left", "above"}
+    scenes = [data.sample_scene(np.random.default_rng(i), c) for i, c in enumerate(claims[:50])]
+    assert all(data.holds(scene, claim) for scene, claim in zip(scenes, claims))
+
+
+def test_whereabouts():
+    scene = data.Scene("blue", (data.Item("star", "red", 0.25, 0.75, 0.1), data.Item("A", "white", 0.5, 0.25, 0.1)))
+    told, names = data.whereabouts(scene), [*data.COLOURS, *data.NOUNS]
+    halves, ground, number = told[:-14].reshape(4, -1), told[-14:-6], told[-6:]
+    assert [{names[k] for k in half.nonzero()[0]} for half in halves] == [{"red", "star"}, {"white", "A"}, {"white", "A"}, {"red", "star"}]
+    assert ground.tolist() == [name == "blue" for name in data.COLOURS] and number.tolist() == [0, 1, 0, 0, 0, 0]
+
+
 def test_unseen_evaluation_is_of_held_out_pairs():
     claims = [c for _, c in data.test_claims("unseen", 50)]
     assert all((c.things[0].colour, c.things[0].noun) in data.HELD_OUT for c in claims)

@@ -120,6 +120,35 @@ def test_the_score_tells_how_clean_a_picture_is():
     assert np.corrcoef(scores[spoilt], dirt[spoilt])[0, 1] < -0.7
 
 
+def test_a_low_score_asks_for_a_spoilt_picture(steps=500, number=1500, batch=32):
+    """Trained on pictures with their scores, a model draws clean ones for a score of 6 and spoilt ones for 2. Its codes are those
+    of a rough VQ: 20 greys of 2 x 2 pixels, even or not."""
+    def codes(i):
+        picture, _, micro = data.training_example(np.random.default_rng([5, i]), 16, concepts=1.0, odd=0.5)
+        patches = picture.astype(float).reshape(8, 2, 8, 2, 3).swapaxes(1, 2).reshape(8, 8, 4, 3)
+        return patches.mean((2, 3)) // 13 + 20 * (patches.std(2).max(-1) > 6), micro
+    tokens, micro = (torch.from_numpy(np.stack(x)) for x in zip(*map(codes, range(number))))
+    uneven, score = (lambda tokens: (tokens >= 20).float().mean().item()), micro[:, 4]
+    assert uneven(tokens[score == data.CLEAN]) < 0.3 and uneven(tokens[score < 4]) > 0.9
+    student, rng, ids = tiny_student(), np.random.default_rng(0), torch.zeros(batch, 6, dtype=torch.int64)
+    optimizer = torch.optim.AdamW(train.decay_groups(student))
+    for step in range(steps):
+        pick, (mask, rates) = rng.integers(number, size=batch), map(torch.from_numpy, train.sample_mask(rng, batch, 64))
+        loss = student(ids, tokens[pick].long(), mask, rates, micro[pick])[0] / mask.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = 5e-3 * min(1, (step + 1) / 20) * (1 - step / steps)
+        optimizer.step()
+    with torch.no_grad():
+        hidden, pooled = student.encoder(ids)
+    for score, right in ((data.CLEAN, lambda share: share < 0.4), (data.CLEAN - 4, lambda share: share > 0.8)):
+        text = meissonic.Text(hidden, pooled, torch.tensor([[16, 16, 0, 0, score]]).expand(batch, 5))
+        empty = torch.full((batch, 8, 8), student.transformer.config.mask_token)
+        drawn = meissonic.sample(student.transformer.eval(), text, text, empty, range(batch), 16, 1.0, convention="rate")
+        assert right(uneven(drawn)), (score, uneven(drawn))
+
+
 def test_crops_are_cut_from_larger_pictures():
     """The crop's corner and the original size say which part of the larger picture this is."""
     seen = [data.training_example(np.random.default_rng([3, i]), 32) for i in range(150)]

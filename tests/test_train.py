@@ -133,11 +133,17 @@ def test_codes_share_what_is_learned_of_their_features():
 
 
 def test_the_preset_cpu(tmp_path, monkeypatch):
-    """The encoder is still the wired one at the end, a flat picture is one token, and codes begin as their features."""
-    stages = {"vq": dict(steps=3, batch=4, pool=40), "1": dict(steps=2, batch=4, pictures=40), "2": dict(steps=2, batch=4, pictures=40)}
+    """The encoder is still the wired one at the end, a flat picture is one token, and codes begin as their features; the text
+    encoder is that of its own stage."""
+    stages = {"text": dict(steps=2, batch=4), "vq": dict(steps=3, batch=4, pool=40), "1": dict(steps=2, batch=4, pictures=40), "2": dict(steps=2, batch=4, pictures=40)}
     monkeypatch.setitem(train.PRESETS, "cpu", {s: train.PRESETS["cpu"][s] | short for s, short in stages.items()})
     monkeypatch.setattr(train, "look", lambda *a: None)
+    read = []
+    monkeypatch.setattr(train, "train_text", lambda run, train_text=train.train_text: (
+        train_text(run), read.append(load_file(run.out / "text_encoder" / "model.safetensors"))))
     command("--preset", "cpu", "--out", tmp_path / "run")
+    same = load_file(tmp_path / "run" / "text_encoder" / "model.safetensors")
+    assert all(torch.equal(read[0][k], v) for k, v in same.items()) and read[0].keys() == same.keys()
     model = vq.VQModel.from_pretrained(tmp_path / "run" / "vqvae")
     assert (model.encoder.conv_norm_out.weight == 128).all() and not model.encoder.mid_block.resnets[0].conv2.weight.any()
     images = torch.rand(1, 3, 1, 1).expand(1, 3, 16, 16)
@@ -149,6 +155,37 @@ def test_the_preset_cpu(tmp_path, monkeypatch):
         weight = weight.detach().double()
         told = features @ torch.linalg.lstsq(features, weight, driver="gelsd").solution
         assert (told - weight).square().sum() < 0.01 * weight.square().sum()
+
+
+def test_the_text_encoder_learns_what_captions_say(tmp_path, monkeypatch):
+    """In 300 steps a small one answers the questions of data.whereabouts better than by how often each is true."""
+    tiny = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
+    monkeypatch.setitem(train.MODELS["cpu"], "text", train.MODELS["cpu"]["text"] | tiny)
+    monkeypatch.setitem(train.PRESETS["cpu"], "text", dict(steps=300, batch=32, lr=5e-3))
+    monkeypatch.setattr(train.Log.__init__, "__defaults__", (1,))
+    for stage in ("tokenizer", "text"):
+        command("--preset", "cpu", "--out", tmp_path / "run", "--stage", stage)
+    told = np.mean([data.whereabouts(data.sample_example(np.random.default_rng(i), "position" if i % 2 else None, letters=0.3)[1])
+                    for i in range(500)], 0)
+    told = told.clip(1e-6, 1 - 1e-6)
+    blind, seen = np.mean(-told * np.log(told) - (1 - told) * np.log(1 - told)), losses(tmp_path / "run", "text")
+    assert np.mean([seen["text", i] for i in range(276, 301)]) < 0.9 * blind, (seen, blind)
+    with pytest.raises(SystemExit):
+        command("--preset", "cpu", "--out", tmp_path / "run", "--stage", "text", "--data", tmp_path)
+
+
+def test_pictures_of_ones_own_teach_the_text_encoder_along():
+    arguments = ["--preset", "cpu", "--data"]
+    stages = [train.changed(train.PRESETS, train.parse_arguments(arguments + [source])) for source in ("shapes", "photos")]
+    assert "text" in stages[0] and "text" not in stages[1]
+    assert [[s[k]["text"] for k in "123"] for s in stages] == [[0.0] * 3, [0.3] * 3]
+
+
+def test_a_frozen_text_encoder_must_be_there(tmp_path):
+    run = train.Run(tmp_path / "run", preset="cpu")
+    train.run_stage("tokenizer", run, False)
+    with pytest.raises(sample.UserError, match="--stage text"):
+        train.new_student(run, train.PRESETS["cpu"]["1"])
 
 
 def test_revive_moves_unused_codes_to_the_data():
@@ -366,8 +403,8 @@ def test_first_losses(run):
     assert np.allclose([seen["1", i] for i in (1, 2, 3)], FIRST_TRANSFORMER, atol=0.03), seen
 
 
-FIRST_VQ = (0.716, 0.626, 0.586)
-FIRST_TRANSFORMER = (4.76, 4.80, 4.79)
+FIRST_VQ = (0.867, 1.045, 0.869)
+FIRST_TRANSFORMER = (4.38, 4.43, 4.42)
 
 
 def test_losses_fall(run):
