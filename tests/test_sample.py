@@ -636,7 +636,6 @@ def test_the_bundled_model_is_small_and_half_precision():
     assert pipeline.transformer.config.downsample and pipeline.convention == "rate" and min(pipeline.size) >= 64
 
 
-@pytest.mark.xfail(reason="weights/shapes is under way: shapes, colours and numbers follow the caption, places not yet")
 def test_the_first_command_makes_the_right_picture(tmp_path):
     """`python sample.py` and README's prompt are the same; the scorer reads what came out."""
     assert sample.BUNDLED.is_dir(), "weights/shapes is not there"
