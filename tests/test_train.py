@@ -410,7 +410,8 @@ FIRST_TRANSFORMER = (4.38, 4.43, 4.42)
 def test_losses_fall(run):
     for stage, last, drop in (("vq", 20, 0.05), ("1", STEPS, 0.08)):           # vq: before the discriminator joins
         seen = losses(run, stage)
-        assert len(seen) == STEPS and seen[stage, last] < seen[stage, 1] - drop
+        mean = lambda steps: np.mean([seen[stage, i] for i in steps])              # one step's masks are few
+        assert len(seen) == STEPS and mean(range(last - 2, last + 1)) < mean((1, 2, 3)) - drop
 
 
 def test_what_a_run_leaves(run):
