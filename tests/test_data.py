@@ -239,6 +239,12 @@ def test_evaluation_captions_are_held_out(task):
     assert pairs == data.test_claims(task, 100) and texts != [t for t, _ in data.test_claims(task, 100, seed=1)]
 
 
+def test_a_task_with_fewer_captions_than_asked_for_starts_over():
+    pairs = data.test_claims("single", 200)
+    fresh = len(dict(pairs))
+    assert 100 < fresh < 200 == len(pairs) and pairs[fresh:] == pairs[:200 - fresh]
+
+
 @pytest.mark.parametrize("mirrored", (0.5, 0.2, 0.0))
 def test_the_share_of_mirrored_relations(mirrored):
     claims = [data.sample_claim(np.random.default_rng(i), "position", mirrored=mirrored) for i in range(2000)]
