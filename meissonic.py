@@ -620,26 +620,32 @@ def sample(model, text, negative, tokens, seeds, steps, guidance=9.0, temperatur
 
 
 @torch.no_grad()
-def opinion_change(model, tokens, old, new, convention="step", rates=(1.0, 0.95, 0.9, 0.85, 0.8, 0.75)):
-    """How much less likely each token of a picture becomes when the caption `old` (Text) gives way to `new`: the mean
-    of log p(token | visible, old) - log p(token | visible, new), in nats, over a random masking of each rate. Where most
-    is masked the captions speak, where less is the neighbours do, so that rates are high: with all masked alone a new
-    ground shows, and no rate below finds it; the lower ones help where a shape changes.
-    tokens (B, h, w) int64, all known -> (B, h, w) float32, smoothed over 5 x 5 tokens."""
+def likelihoods(model, tokens, texts, convention="step", rates=(1.0, 0.95, 0.9, 0.85, 0.8, 0.75)):
+    """How likely the tokens of a picture are under each of some captions: the mean of log p(token | visible, text), in
+    nats, over a random masking of each rate. Where most is masked the captions speak, where less is the neighbours do, so
+    that rates are high: with all masked alone a new ground shows, and no rate below finds it; the lower ones help where a
+    shape changes.
+    tokens (B, h, w) int64, all known; texts, Texts of B rows each -> (len(texts), B, h, w) float32, 0 where never masked"""
     flat, generator = tokens.flatten(1), torch.Generator().manual_seed(0)                          # (B, h w)
-    change, seen = torch.zeros(flat.shape, device=flat.device), torch.zeros(flat.shape, device=flat.device)
+    totals, seen = torch.zeros(len(texts), *flat.shape, device=flat.device), torch.zeros(flat.shape, device=flat.device)
     weight = model.mlm_layer.conv2.weight.flatten(1)                                               # (V, C)
     numbers = [max(1, round(rate * flat.shape[1])) for rate in rates]
     steps = [min(round(48 * 2 / math.pi * math.acos(rate)), 47) for rate in rates]                 # of 48, those that meet these rates
     times = [timestep(convention, *each, flat.shape[1]) for each in zip(steps, [48] * len(steps), numbers)]
-    looks = [(fast_path(model, text, None, times, 1), sign) for text, sign in ((old, 1), (new, -1))]
+    looks = [fast_path(model, text, None, times, 1) for text in texts]
     for i, number in enumerate(numbers):
         positions = torch.randperm(flat.shape[1], generator=generator)[:number].to(flat.device).expand(len(flat), -1)
         hidden = flat.scatter(1, positions, model.config.mask_token).view(tokens.shape)
         known = flat.gather(1, positions)[..., None]
-        for look, sign in looks:
+        for look, total in zip(looks, totals):
             logits = F.linear(look(i, hidden, positions), weight).float()                          # (B, M, V)
-            change.scatter_add_(1, positions, sign * logits.log_softmax(-1).gather(-1, known)[..., 0])
-        seen.scatter_add_(1, positions, torch.ones_like(change[:, :number]))
-    change = (change / seen.clamp(min=1)).view(tokens.shape)
-    return F.avg_pool2d(change[:, None], 5, 1, 2, count_include_pad=False)[:, 0]
+            total.scatter_add_(1, positions, logits.log_softmax(-1).gather(-1, known)[..., 0])
+        seen.scatter_add_(1, positions, torch.ones_like(seen[:, :number]))
+    return (totals / seen.clamp(min=1)).view(len(texts), *tokens.shape)
+
+
+def opinion_change(model, tokens, old, new, convention="step"):
+    """How much less likely each token of a picture becomes when the caption `old` (Text) gives way to `new`, in nats.
+    tokens (B, h, w) int64, all known -> (B, h, w) float32, smoothed over 5 x 5 tokens."""
+    before, after = likelihoods(model, tokens, (old, new), convention)
+    return F.avg_pool2d((before - after)[:, None], 5, 1, 2, count_include_pad=False)[:, 0]

@@ -150,7 +150,7 @@ class Pipeline:
 
     Attributes of use to others: `encoder`, `transformer`, `vq`; `mask_token`; `tokens_f` and `f`, pixels for each token
     and for each block position along a side (sizes must divide by `f`); and the checkpoint's defaults `size` (width,
-    height), `steps`, `cfg`, `temperature`, `redraws`, `score_condition`.
+    height), `steps`, `cfg`, `temperature`, `redraws`, `candidates`, `score_condition`.
     """
 
     def __init__(self, folder, device="cpu", dtype=torch.float32, lora=None, rounded=None):
@@ -221,9 +221,9 @@ class Pipeline:
         except TypeError as e:
             raise vq.CheckpointError(f"{path}: defaults: {e}") from None
 
-    def set_defaults(self, size, steps=48, cfg=9.0, temperature=(2.0, 0.0), redraws=0, score_condition=6.0):
+    def set_defaults(self, size, steps=48, cfg=9.0, temperature=(2.0, 0.0), redraws=0, candidates=1, score_condition=6.0):
         self.size, self.steps, self.cfg, self.temperature = (size, size), steps, cfg, tuple(temperature)
-        self.redraws, self.score_condition = redraws, score_condition
+        self.redraws, self.candidates, self.score_condition = redraws, candidates, score_condition
 
     def check_size(self, width, height):
         """Raises UserError, naming the nearest size that fits, if the model's grid cannot take these pixels."""
@@ -268,21 +268,38 @@ class Pipeline:
         pixels = torch.from_numpy(np.array(image)).to(self.device).permute(2, 0, 1)[None]                # (1, 3, H, W)
         return self.vq.encode(pixels / 255)
 
-    def draw(self, prompts, seeds, negative="", size=None, score=None, tokens=None, **settings):
+    def draw(self, prompts, seeds, negative="", size=None, score=None, tokens=None, candidates=None, watch=None, **settings):
         """One batch: prompts (list of str) and seeds (list of int), one for each picture; size (width, height) in pixels
-        and score, None the checkpoint's; `tokens` (B, h, w) to start from, masked where to draw (None: everywhere); the
-        settings of `paint` -> tokens (B, h, w)."""
+        and score, None the checkpoint's; `tokens` (B, h, w) to start from, masked where to draw (None: everywhere); how
+        many `candidates` are drawn for each picture, of which the likeliest is taken; `watch`, which sees that one, and the
+        other settings of `paint` -> tokens (B, h, w)."""
         width, height = size or self.size
         self.check_size(width, height)
         text = self.encode_text([*prompts, negative], width, height, self.score_condition if score is None else score)
         if tokens is None:
             shape = len(prompts), height // self.tokens_f, width // self.tokens_f
             tokens = torch.full(shape, self.mask_token, device=self.device)
-        return self.paint(tokens, text.rows(slice(len(prompts))), text.rows([-1] * len(prompts)), seeds, **settings)
+        each, moments = candidates or self.candidates, []
+        rows = [i for i in range(len(prompts)) for _ in range(each)]
+        text, against = text.rows(rows), text.rows([-1] * len(rows))
+        seeds = [candidate_seed(seed, k) for seed in seeds for k in range(each)]
+        drawn = self.paint(tokens[rows], text, against, seeds, watch=watch and (lambda *seen: moments.append(seen)), **settings)
+        best = range(len(rows))
+        if each > 1:
+            fit = meissonic.likelihoods(self.transformer, drawn, [text], self.convention)[0].mean((1, 2))
+            best = [k * each + one.argmax().item() for k, one in enumerate(fit.split(each))]
+        for n, believed, masked in moments:
+            watch(n, believed[best], masked[best])
+        return drawn[best]
 
     def __call__(self, *arguments, **settings):
         """`draw`, decoded -> list of RGB Images."""
         return self.decode(self.draw(*arguments, **settings))
+
+
+def candidate_seed(seed, k):
+    """The kth candidate's seed, the 0th's being the picture's own: far apart, so that seeds side by side share none."""
+    return (seed + k * 0x9E3779B97F4A7C15 + 2 ** 63) % 2 ** 64 - 2 ** 63
 
 
 class Invented(Pipeline):
@@ -568,8 +585,8 @@ def reconstruct(pipeline, path):
 # ---------------------------------------------------------------------------------------------------------
 # What a PNG tells of its making, and making it again
 
-SETTINGS = ("prompt", "negative", "seed", "steps", "cfg", "size", "temperature", "redraws", "schedule", "score-condition", "model",
-            "lora", "device", "dtype", "batch", "image", "mask", "outpaint", "feather", "strength", "source", "film", "film-tokens",
+SETTINGS = ("prompt", "negative", "seed", "steps", "cfg", "size", "temperature", "redraws", "candidates", "schedule", "score-condition",
+            "model", "lora", "device", "dtype", "batch", "image", "mask", "outpaint", "feather", "strength", "source", "film", "film-tokens",
             "sweep", "reconstruct")
 SOFTWARE = f"torch {torch.__version__}, numpy {np.__version__}, pillow {Image.__version__}"
 
@@ -697,8 +714,8 @@ def margins(text):
     return sides
 
 
-AXES = {"steps": positive, "cfg": finite, "temperature": finite, "redraws": times, "seed": int, "score-condition": finite,
-        "strength": share}
+AXES = {"steps": positive, "cfg": finite, "temperature": finite, "redraws": times, "candidates": positive, "seed": int,
+        "score-condition": finite, "strength": share}
 
 
 def axis(text):
@@ -726,6 +743,8 @@ def parse_arguments(argv):
                    help="of the noise that chooses what to mask again, first to last step (default: the model's; 2 0 for meissonic, 4 0 for shapes)")
     p.add_argument("--redraws", type=times, metavar="N", help="times that a quarter of the finished picture's tokens, at random, is drawn "
                    "again (default: the model's; 0 for meissonic, 4 for shapes)")
+    p.add_argument("--candidates", type=positive, metavar="N", help="pictures drawn for each that is kept, the one whose tokens the "
+                   "model finds likeliest for the prompt (default: the model's; 1 for meissonic and shapes)")
     p.add_argument("--score-condition", type=finite, help="how good a picture to ask for (default: 6)")
     p.add_argument("--model", default="auto", help="shapes, meissonic, monetico, a hub id or a folder (default: auto: "
                    "meissonic where there is a CUDA GPU and the weights can be had, else shapes)")
@@ -896,7 +915,7 @@ def paint(pipeline, args, edit, prompts, seeds, progress=iter, watch=None):
 
 def sampling(args):
     """The settings of Pipeline.draw that are arguments."""
-    return {name: getattr(args, name) for name in ("negative", "size", "steps", "cfg", "temperature", "redraws", "schedule")} | {
+    return {name: getattr(args, name) for name in ("negative", "size", "steps", "cfg", "temperature", "redraws", "candidates", "schedule")} | {
         "score": args.score_condition}
 
 
@@ -923,7 +942,7 @@ def run(args):
     pipeline.check_size(*(args.size or pipeline.size))
     print(f"model: {why_model} | device: {device} ({why_device}) | dtype: {args.dtype or str(dtype)[6:]} ({why_dtype}) | "
           f"kernels: {kernel_path(device, dtype)} | seed: {args.seed}")
-    for name in ("steps", "cfg", "temperature", "redraws", "score_condition") + ("size",) * (edit is None):
+    for name in ("steps", "cfg", "temperature", "redraws", "candidates", "score_condition") + ("size",) * (edit is None):
         if getattr(args, name) is None:
             setattr(args, name, getattr(pipeline, name))
     if args.bench:
@@ -970,7 +989,7 @@ def make(pipeline, args, edit, prompts, seeds, text):
     if number and number > steps + 1:
         raise UserError(f"{steps} steps have {steps + 1} moments, --film asks for {number}")
     width, height = args.size or pipeline.fit(*edit.picture.size)
-    batch = args.batch or max(1, MOST_TOKENS * pipeline.tokens_f ** 2 // (width * height))
+    batch = args.batch or max(1, MOST_TOKENS * pipeline.tokens_f ** 2 // (width * height * args.candidates))
     again = args.like and len(jobs) == 1                  # in a batch as it was: rounding depends on its shape
     turn = batch * max(1, TURN // batch)
     for start in range(0, len(jobs), turn):

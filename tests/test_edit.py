@@ -200,6 +200,36 @@ def test_strength(pipeline):
 
 
 @pytest.mark.parametrize("convention", ("step", "rate", "rate1000"))
+def test_likelihoods(convention):
+    """With all masked, the model's own log-probabilities; a rate of a half leaves half of the tokens unseen."""
+    model, generator = tiny_transformer(), torch.Generator().manual_seed(0)
+    texts = [random_text(generator, 2, model) for _ in range(2)]
+    tokens = torch.randint(0, 40, (2, 6, 4), generator=generator)
+    found = meissonic.likelihoods(model, tokens, texts, convention, rates=(1.0,))
+    time = torch.tensor([meissonic.timestep(convention, 0, 48, 24, 24)])
+    for text, one in zip(texts, found):
+        logits = model(torch.full_like(tokens, model.config.mask_token), text.hidden, text.pooled, text.micro_conds, time)
+        torch.testing.assert_close(one, logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0], rtol=1e-4, atol=1e-5)
+    half = meissonic.likelihoods(model, tokens, texts, convention, rates=(0.5,))
+    assert found.shape == half.shape == (2, 2, 6, 4) and ((half == 0).flatten(2).sum(-1) == 12).all() and half.max() <= 0
+
+
+def test_the_likeliest_candidate_is_taken(pipeline):
+    """Each is the picture of a seed of its own, the first that of the picture's; the film is of the one taken."""
+    prompts, seeds, seen = ["a star", "a heart"], [5, 2 ** 63 - 1], []
+    drawn = pipeline.draw(prompts, seeds, candidates=3, steps=3, watch=lambda *moment: seen.append(moment))
+    places = []
+    for prompt, seed, tokens in zip(prompts, seeds, drawn):
+        each = torch.cat([pipeline.draw([prompt], [sample.candidate_seed(seed, k)], candidates=1, steps=3) for k in range(3)])
+        text = pipeline.encode_text([prompt] * 3, *pipeline.size, pipeline.score_condition)
+        fit = meissonic.likelihoods(pipeline.transformer, each, [text], pipeline.convention)[0].mean((1, 2))
+        places.append(fit.argmax().item())
+        assert (tokens == each[places[-1]]).all() and fit.max() > fit.min()
+    assert any(places) and sample.candidate_seed(-7, 0) == -7
+    assert [n for n, _, _ in seen] == [0, 1, 2, 3] and (seen[-1][1] == drawn).all() and not seen[-1][2].any()
+
+
+@pytest.mark.parametrize("convention", ("step", "rate", "rate1000"))
 def test_a_change_of_opinion(convention):
     """None between equal captions, the opposite the other way round, each picture's its own; chance follows no state."""
     model, generator = tiny_transformer(), torch.Generator().manual_seed(0)
@@ -314,7 +344,7 @@ def test_a_film_of_an_edit(cli):
 
 
 @pytest.mark.parametrize("axes", (["steps=1,3", "cfg=1,4.5"], ["temperature=0,9", "seed=5,-2"], ["strength=0,1", "score-condition=6,1"],
-                                  ["redraws=0,2"]), ids=" ".join)
+                                  ["seed=1,2,3"], ["redraws=0,2"], ["candidates=1,3"]), ids=" ".join)
 def test_a_sweep_is_its_single_runs(cli, axes):
     noise(64, 64).save("p.png")
     base = ("--prompt", "a star", *RUN, "--size", 64, *(["--image", "p.png"] if "strength" in axes[0] else []))
@@ -348,6 +378,7 @@ def test_reconstruct(cli, pipeline):
 
 @pytest.mark.parametrize("flags", (
     ["--negative", "ein Grün\nund -1", "--cfg", -1.5, "--temperature", 1, -0.5, "--schedule", "linear", "--score-condition", 3, "--redraws", 2],
+    ["--candidates", 3, "--film", 2],
     ["--n", 3, "--seed=-2", "--film", 2], ["--image", "p.png", "--mask", "m.png", "--feather", 3], ["--image", "p.png", "--source", ""],
     ["--image", "p.png", "--strength", 0.5], ["--image", "p.png", "--outpaint", "0,3,0,9"], ["--sweep", "cfg=1,2", "seed=0,1"],
     ["--reconstruct", "p.png"]), ids=lambda f: f[0] + str(f[-1]))

@@ -137,7 +137,7 @@ def test_rectangles(cli):
 
 
 @pytest.mark.parametrize("option", (["--steps", 5], ["--cfg", 1], ["--seed", 1], ["--negative", "a heart"], ["--temperature", 0, 0],
-                                    ["--redraws", 1], ["--score-condition", 1]), ids=lambda o: o[0])
+                                    ["--redraws", 1], ["--candidates", 4], ["--score-condition", 1]), ids=lambda o: o[0])
 def test_options_reach_the_picture(cli, option):
     """Each changes it, by itself; the same command again does not."""
     base = ("--prompt", "a red star", *SMALL, "--steps", 6, "--size", 128)
@@ -208,7 +208,7 @@ def test_published_defaults():
     for kind, side in (("compressed", 1024), ("plain", 512)):
         p = sample.Pipeline(GOLDEN / kind)
         assert (p.size, p.steps, p.cfg, p.score_condition, p.convention) == ((side, side), 48, 9.0, 6.0, "step")
-        assert (p.temperature, p.redraws) == ((2.0, 0.0), 0)
+        assert (p.temperature, p.redraws, p.candidates) == ((2.0, 0.0), 0, 1)
 
 
 @pytest.mark.parametrize("kind", ("compressed", "plain"))
@@ -649,7 +649,7 @@ def test_the_first_command_makes_the_right_picture(tmp_path):
 
 
 def test_the_bundled_model_follows_captions():
-    """A glance at what `--score` measures: 6 held-out captions of each task, with room below the 0.61 that these
+    """A glance at what `--score` measures: 6 held-out captions of each task, with room below what these
     have, as another processor rounds to other pictures."""
     assert sample.BUNDLED.is_dir(), "weights/shapes is not there"
     shares = sample.score_tasks(sample.Pipeline(sample.BUNDLED), number=6, tasks=data.TASKS, progress=iter)
@@ -660,7 +660,8 @@ def test_every_flag_has_help(cli):
     status, out, _ = cli("--help")
     assert status == 0
     for flag in ("--prompt", "--prompt-file", "--negative", "--steps", "--cfg", "--size", "--n", "--seed", "--temperature",
-                 "--redraws", "--score-condition", "--model", "--device", "--dtype", "--out", "--score", "--image", "--mask", "--outpaint", "--feather",
+                 "--redraws", "--candidates", "--score-condition", "--model", "--device", "--dtype", "--out", "--score", "--image",
+                 "--mask", "--outpaint", "--feather",
                  "--strength", "--source", "--schedule", "--score-edits", "--film", "--film-tokens", "--sweep", "--reconstruct", "--like"):
         assert f"  {flag} " in out or f"  {flag}\n" in out
 
