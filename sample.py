@@ -39,6 +39,7 @@ DEFAULT_PROMPT = "a red circle above a blue square on a white background"
 ROUNDED = dict(int8=torch.int8, fp8=torch.float8_e4m3fn)
 PARTS = ("transformer", "vqvae", "text_encoder")
 MOST_TOKENS = 4096                                # of a batch, and of an edit unless --size says otherwise
+JUDGED = (0.95, 0.9, 0.85, 0.8, 0.75) * 2         # shares masked where candidates are compared: all masked says nothing
 TURN = 32                                         # pictures that are painted before they are decoded and written
 
 
@@ -284,13 +285,19 @@ class Pipeline:
         text, against = text.rows(rows), text.rows([-1] * len(rows))
         seeds = [candidate_seed(seed, k) for seed in seeds for k in range(each)]
         drawn = self.paint(tokens[rows], text, against, seeds, watch=watch and (lambda *seen: moments.append(seen)), **settings)
-        best = range(len(rows))
+        best = slice(None)
         if each > 1:
-            fit = meissonic.likelihoods(self.transformer, drawn, [text], self.convention)[0].mean((1, 2))
-            best = [k * each + one.argmax().item() for k, one in enumerate(fit.split(each))]
+            fits = self.fit_of(drawn, text, against, settings.get("cfg")).view(-1, each)                          # (B, each)
+            best = [k * each + i for k, i in enumerate(fits.argmax(1).tolist())]
         for n, believed, masked in moments:
             watch(n, believed[best], masked[best])
         return drawn[best]
+
+    def fit_of(self, tokens, text, against, cfg=None):
+        """How well each picture of a batch fits its prompt: its tokens' mean log-likelihood, guided as its drawing is
+        -> (B,) float32."""
+        likely = meissonic.likelihoods(self.transformer, tokens, (text, against), self.convention, JUDGED).mean((2, 3))
+        return meissonic.guide(*likely, self.cfg if cfg is None else cfg)
 
     def __call__(self, *arguments, **settings):
         """`draw`, decoded -> list of RGB Images."""
@@ -336,7 +343,7 @@ class Invented(Pipeline):
         return self.invent(vq.VQModel, torch.float32 if self.dtype == torch.float16 else self.dtype, self.device)
 
 
-def score_tasks(pipeline, number=100, batch=50, tasks=data.TASKS + ("unseen",), progress=tqdm, **settings):
+def score_tasks(pipeline, number=100, batch=16, tasks=data.TASKS + ("unseen",), progress=tqdm, **settings):
     """The share of pictures that show what their caption says, for `number` held-out captions of each task of
     the world of shapes, seeds 0, 1, ... -> {task: share}, "overall" the mean of the six GenEval tasks."""
     shares = {}
@@ -744,7 +751,7 @@ def parse_arguments(argv):
     p.add_argument("--redraws", type=times, metavar="N", help="times that a quarter of the finished picture's tokens, at random, is drawn "
                    "again (default: the model's; 0 for meissonic, 4 for shapes)")
     p.add_argument("--candidates", type=positive, metavar="N", help="pictures drawn for each that is kept, the one whose tokens the "
-                   "model finds likeliest for the prompt (default: the model's; 1 for meissonic and shapes)")
+                   "model finds likeliest for the prompt (default: the model's; 1 for meissonic, 4 for shapes)")
     p.add_argument("--score-condition", type=finite, help="how good a picture to ask for (default: 6)")
     p.add_argument("--model", default="auto", help="shapes, meissonic, monetico, a hub id or a folder (default: auto: "
                    "meissonic where there is a CUDA GPU and the weights can be had, else shapes)")

@@ -106,7 +106,7 @@ SMALL = dict(
 MODELS = {"shapes": SMALL,
           "cpu": SMALL | dict(vq=SMALL["vq"] | dict(latent_channels=24, vq_embed_dim=24, num_vq_embeddings=1016),
                               transformer=SMALL["transformer"] | dict(codebook_size=1016, vocab_size=1017),
-                              sampling=dict(steps=32, cfg=1.5, temperature=(4.0, 0.0), redraws=4)),
+                              sampling=dict(steps=32, cfg=1.5, temperature=(4.0, 0.0), redraws=4, candidates=4)),
           "paper": dict(vq=dict(), transformer=dict(), text=dict(), sampling=dict(steps=48, cfg=9.0))}
 number_of = lambda stage: zlib.crc32(stage.encode())         # in seeds: by name, so that another stage shifts none
 ABLATIONS = ("rope", "rate", "qk-norm", "micro", "multimodal", "compression")
@@ -457,8 +457,10 @@ def draw_losses(log, path, width=640, height=320):
 
 
 def look(run, stage, step, number=16):
-    """Draw sheet.png, pictures for fixed captions, score the six tasks with the model as saved so far, and log both."""
+    """Draw sheet.png, pictures for fixed captions, score the six tasks with the model as saved so far, and log both. One
+    candidate for each picture: this tells how training goes, and training waits."""
     pipeline = sample.Pipeline(run.out, run.device)
+    pipeline.candidates = 1
     texts = [text for task in data.TASKS[1:] for text, _ in data.test_claims(task, 4, seed=1)]
     pictures = pipeline(texts, [0] * len(texts))
     side = pictures[0].width

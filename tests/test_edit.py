@@ -215,14 +215,19 @@ def test_likelihoods(convention):
 
 
 def test_the_likeliest_candidate_is_taken(pipeline):
-    """Each is the picture of a seed of its own, the first that of the picture's; the film is of the one taken."""
+    """Each is the picture of a seed of its own, the first that of the picture's; likely is what the prompt makes likelier
+    than the negative does, in the measure of the guidance; the film is of the one taken."""
     prompts, seeds, seen = ["a star", "a heart"], [5, 2 ** 63 - 1], []
-    drawn = pipeline.draw(prompts, seeds, candidates=3, steps=3, watch=lambda *moment: seen.append(moment))
+    drawn = pipeline.draw(prompts, seeds, "a cross", candidates=3, steps=3, cfg=4, watch=lambda *moment: seen.append(moment))
     places = []
     for prompt, seed, tokens in zip(prompts, seeds, drawn):
-        each = torch.cat([pipeline.draw([prompt], [sample.candidate_seed(seed, k)], candidates=1, steps=3) for k in range(3)])
-        text = pipeline.encode_text([prompt] * 3, *pipeline.size, pipeline.score_condition)
-        fit = meissonic.likelihoods(pipeline.transformer, each, [text], pipeline.convention)[0].mean((1, 2))
+        each = torch.cat([pipeline.draw([prompt], [sample.candidate_seed(seed, k)], "a cross", candidates=1, steps=3, cfg=4)
+                          for k in range(3)])
+        fits = []
+        for words in (prompt, "a cross"):
+            text = pipeline.encode_text([words] * 3, *pipeline.size, pipeline.score_condition)
+            fits.append(meissonic.likelihoods(pipeline.transformer, each, [text], pipeline.convention, sample.JUDGED)[0].mean((1, 2)))
+        fit = 4 * fits[0] - 3 * fits[1]
         places.append(fit.argmax().item())
         assert (tokens == each[places[-1]]).all() and fit.max() > fit.min()
     assert any(places) and sample.candidate_seed(-7, 0) == -7
