@@ -751,7 +751,7 @@ def parse_arguments(argv):
     p.add_argument("--redraws", type=times, metavar="N", help="times that a quarter of the finished picture's tokens, at random, is drawn "
                    "again (default: the model's; 0 for meissonic, 4 for shapes)")
     p.add_argument("--candidates", type=positive, metavar="N", help="pictures drawn for each that is kept, the one whose tokens the "
-                   "model finds likeliest for the prompt (default: the model's; 1 for meissonic, 4 for shapes)")
+                   "model finds likeliest for the prompt (default: the model's; 1 for meissonic, 2 for shapes)")
     p.add_argument("--score-condition", type=finite, help="how good a picture to ask for (default: 6)")
     p.add_argument("--model", default="auto", help="shapes, meissonic, monetico, a hub id or a folder (default: auto: "
                    "meissonic where there is a CUDA GPU and the weights can be had, else shapes)")
