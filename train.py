@@ -1,7 +1,7 @@
 """Training: from nothing to a model that draws what it is told (paper sections 2.2, 2.4, 2.5).
 
     python train.py --out runs/shapes                         # all stages in turn; --resume goes on after any interruption
-    python train.py --preset cpu --out runs/cpu               # smaller pictures: two CPU cores, an afternoon
+    python train.py --preset cpu --out runs/cpu --compile     # smaller pictures: two CPU cores, an afternoon
     python train.py --out runs/shapes --stage 3 --resume      # one stage: tokenizer, text, vq, 1, 2, 3, 4
     python train.py --init meissonic --data photos --preset paper --stage 4 --lora 16        # fine-tune public weights
     python train.py --encode --data photos --init meissonic --stage 4 --preset paper         # pictures to tokens, no more
@@ -211,6 +211,11 @@ def blocks_of(student):
     return [*transformer.transformer_blocks, *transformer.single_transformer_blocks] if transformer else []
 
 
+def compile_blocks(run, student):
+    for block in blocks_of(student) if run.compile else ():
+        block.compile()
+
+
 def learning_rate(step, steps, peak, warmup=100):
     """Linear warm-up, then a cosine to 2% of the peak."""
     return peak * min(1, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
@@ -236,9 +241,7 @@ def fit(run, stage, student, groups_of, losses, batch, steps, lr, finish, averag
     A step with a non-finite loss or gradient is dropped; after `patience` in a row the last checkpoint is loaded
     and training goes on with other data (the paper, section 2.2, after LLaMA). SIGTERM and Ctrl-C save first.
     """
-    if run.compile:
-        for block in blocks_of(student) or [student]:
-            block.compile()
+    compile_blocks(run, student)
     model = run.parallel(student)
     groups = [g for g in groups_of() if g["params"]]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=run.device.type == "cuda")
@@ -1109,8 +1112,8 @@ def merged(module, state):
 
 def benchmark(run, repeats=5):
     """Print for each transformer stage of the preset: samples per second and model FLOP utilisation of a training
-    step, beside the same step written plainly (reference kernels, logits of all positions, no fusion), on random
-    tokens. FLOPs are PyTorch's count of the plain step; the peak is a large bfloat16 matrix product, measured here."""
+    step, beside the same step written plainly (reference kernels, logits of all positions, no fusion, not compiled), on
+    random tokens. FLOPs are PyTorch's count of the plain step; the peak is a large bfloat16 matrix product, measured here."""
     peak = matmul_peak(run.device)
     print(f"matrix products reach {peak / 1e12:.2f} TFLOP/s in bfloat16")
     print(f"{'stage':>6} {'tokens':>7} {'batch':>6} {'plain':>10} {'ours':>10}  samples/s {'ratio':>6} {'MFU':>6} {'TFLOP/sample':>13}")
@@ -1120,16 +1123,17 @@ def benchmark(run, repeats=5):
         with torch.device(run.device):
             words = {clip.END: 655, **{i: i for i in range(655)}}         # as many as the small models' tokenizer has
             student = Student(*build(run.preset, words, preset["compress"]))
+        compile_blocks(run, student)
         f = vq.Config(**MODELS[run.preset]["vq"]).f
         batch, side = max(1, min(preset["batch"], 2 ** 15 // (preset["size"] // f) ** 2)), preset["size"] // f
         inputs = random_batch(run, student, batch, side, preset["size"])
         optimizer = torch.optim.AdamW(student.parameters(), fused=run.device.type == "cuda")
-        with mock.patch.dict(os.environ, {"MEISSONIC_KERNELS": "plain"}), FlopCounterMode(display=False) as counter:
+        with plainly(), FlopCounterMode(display=False) as counter:
             train_step(run, student, optimizer, inputs, plain_loss)
         seconds = {loss: [] for loss in (plain_loss, fused_loss)}
         for i in range(repeats + 1):                              # in turn, so that both meet the same weather
             for loss, times in seconds.items():
-                with mock.patch.dict(os.environ, {"MEISSONIC_KERNELS": "plain"} if loss is plain_loss else {}):
+                with plainly() if loss is plain_loss else contextlib.nullcontext():
                     start = time.perf_counter()
                     train_step(run, student, optimizer, inputs, loss)
                     times += [time.perf_counter() - start] if i else []
@@ -1137,6 +1141,12 @@ def benchmark(run, repeats=5):
         flops = counter.get_total_flops() / batch
         print(f"{stage:>6} {side * side:>7} {batch:>6} {plain:>10.2f} {ours:>10.2f} {'':>10} {ours / plain:>6.2f} "
               f"{ours * flops / peak:>6.1%} {flops / 1e12:>13.4f}")
+
+
+@contextlib.contextmanager
+def plainly():
+    with mock.patch.dict(os.environ, {"MEISSONIC_KERNELS": "plain"}), torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def matmul_peak(device, repeats=10):
@@ -1206,7 +1216,7 @@ def parse_arguments(argv):
     p.add_argument("--lr", type=sample.finite, help="peak learning rate of the stages (default: the presets)")
     p.add_argument("--accumulate", type=sample.positive, default=1, help="forward and backward passes for one step (default: 1)")
     p.add_argument("--checkpointing", action="store_true", help="recompute each block in the backward pass: less memory, a third slower")
-    p.add_argument("--compile", action="store_true", help="torch.compile each block")
+    p.add_argument("--compile", action="store_true", help="torch.compile the transformer's blocks (on a CPU wants a C++ compiler)")
     p.add_argument("--shard", action="store_true", help="split parameters, gradients and moments over the processes")
     p.add_argument("--lora", type=sample.positive, metavar="RANK", help="train low-rank terms alone; written to lora.safetensors")
     p.add_argument("--without", choices=ABLATIONS, help="train without one of the paper's parts, to see its worth")
