@@ -620,11 +620,9 @@ def sample(model, text, negative, tokens, seeds, steps, guidance=9.0, temperatur
 
 
 @torch.no_grad()
-def likelihoods(model, tokens, texts, convention="step", rates=(1.0, 0.95, 0.9, 0.85, 0.8, 0.75)):
+def likelihoods(model, tokens, texts, rates, convention="step"):
     """How likely the tokens of a picture are under each of some captions: the mean of log p(token | visible, text), in
-    nats, over a random masking of each rate. Where most is masked the captions speak, where less is the neighbours do, so
-    that rates are high: with all masked alone a new ground shows, and no rate below finds it; the lower ones help where a
-    shape changes.
+    nats, over a random masking of each rate. Where most is masked the caption speaks, where less is the neighbours do.
     tokens (B, h, w) int64, all known; texts, Texts of B rows each -> (len(texts), B, h, w) float32, 0 where never masked"""
     flat, generator = tokens.flatten(1), torch.Generator().manual_seed(0)                          # (B, h w)
     totals, seen = torch.zeros(len(texts), *flat.shape, device=flat.device), torch.zeros(flat.shape, device=flat.device)
@@ -646,6 +644,7 @@ def likelihoods(model, tokens, texts, convention="step", rates=(1.0, 0.95, 0.9, 
 
 def opinion_change(model, tokens, old, new, convention="step"):
     """How much less likely each token of a picture becomes when the caption `old` (Text) gives way to `new`, in nats.
+    With all masked alone a new ground shows, and no rate below finds it; the lower ones help where a shape changes.
     tokens (B, h, w) int64, all known -> (B, h, w) float32, smoothed over 5 x 5 tokens."""
-    before, after = likelihoods(model, tokens, (old, new), convention)
+    before, after = likelihoods(model, tokens, (old, new), (1.0, 0.95, 0.9, 0.85, 0.8, 0.75), convention)
     return F.avg_pool2d((before - after)[:, None], 5, 1, 2, count_include_pad=False)[:, 0]

@@ -296,7 +296,7 @@ class Pipeline:
     def fit_of(self, tokens, text, against, cfg=None):
         """How well each picture of a batch fits its prompt: its tokens' mean log-likelihood, guided as its drawing is
         -> (B,) float32."""
-        likely = meissonic.likelihoods(self.transformer, tokens, (text, against), self.convention, JUDGED).mean((2, 3))
+        likely = meissonic.likelihoods(self.transformer, tokens, (text, against), JUDGED, self.convention).mean((2, 3))
         return meissonic.guide(*likely, self.cfg if cfg is None else cfg)
 
     def __call__(self, *arguments, **settings):
@@ -592,9 +592,9 @@ def reconstruct(pipeline, path):
 # ---------------------------------------------------------------------------------------------------------
 # What a PNG tells of its making, and making it again
 
-SETTINGS = ("prompt", "negative", "seed", "steps", "cfg", "size", "temperature", "redraws", "candidates", "schedule", "score-condition",
-            "model", "lora", "device", "dtype", "batch", "image", "mask", "outpaint", "feather", "strength", "source", "film", "film-tokens",
-            "sweep", "reconstruct")
+SETTINGS = ("prompt", "negative", "seed", "steps", "cfg", "size", "temperature", "redraws", "candidates", "schedule",
+            "score-condition", "model", "lora", "device", "dtype", "batch", "image", "mask", "outpaint", "feather", "strength",
+            "source", "film", "film-tokens", "sweep", "reconstruct")
 SOFTWARE = f"torch {torch.__version__}, numpy {np.__version__}, pillow {Image.__version__}"
 
 
@@ -922,8 +922,8 @@ def paint(pipeline, args, edit, prompts, seeds, progress=iter, watch=None):
 
 def sampling(args):
     """The settings of Pipeline.draw that are arguments."""
-    return {name: getattr(args, name) for name in ("negative", "size", "steps", "cfg", "temperature", "redraws", "candidates", "schedule")} | {
-        "score": args.score_condition}
+    names = "negative", "size", "steps", "cfg", "temperature", "redraws", "candidates", "schedule"
+    return {name: getattr(args, name) for name in names} | {"score": args.score_condition}
 
 
 def finish(pipeline, edit, tokens):

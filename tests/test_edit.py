@@ -205,12 +205,12 @@ def test_likelihoods(convention):
     model, generator = tiny_transformer(), torch.Generator().manual_seed(0)
     texts = [random_text(generator, 2, model) for _ in range(2)]
     tokens = torch.randint(0, 40, (2, 6, 4), generator=generator)
-    found = meissonic.likelihoods(model, tokens, texts, convention, rates=(1.0,))
+    found = meissonic.likelihoods(model, tokens, texts, (1.0,), convention)
     time = torch.tensor([meissonic.timestep(convention, 0, 48, 24, 24)])
     for text, one in zip(texts, found):
         logits = model(torch.full_like(tokens, model.config.mask_token), text.hidden, text.pooled, text.micro_conds, time)
         torch.testing.assert_close(one, logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0], rtol=1e-4, atol=1e-5)
-    half = meissonic.likelihoods(model, tokens, texts, convention, rates=(0.5,))
+    half = meissonic.likelihoods(model, tokens, texts, (0.5,), convention)
     assert found.shape == half.shape == (2, 2, 6, 4) and ((half == 0).flatten(2).sum(-1) == 12).all() and half.max() <= 0
 
 
@@ -226,7 +226,7 @@ def test_the_likeliest_candidate_is_taken(pipeline):
         fits = []
         for words in (prompt, "a cross"):
             text = pipeline.encode_text([words] * 3, *pipeline.size, pipeline.score_condition)
-            fits.append(meissonic.likelihoods(pipeline.transformer, each, [text], pipeline.convention, sample.JUDGED)[0].mean((1, 2)))
+            fits.append(meissonic.likelihoods(pipeline.transformer, each, [text], sample.JUDGED, pipeline.convention)[0].mean((1, 2)))
         fit = 4 * fits[0] - 3 * fits[1]
         places.append(fit.argmax().item())
         assert (tokens == each[places[-1]]).all() and fit.max() > fit.min()
