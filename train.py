@@ -81,7 +81,7 @@ PRESETS = {
         "vq": dict(size=64, batch=32, steps=2400, lr=2e-3, warm=0, adversary=2400, pool=6000, concepts=0.2, odd=0.0, patches=(8, 36)),
         "1": dict(size=32, batch=64, steps=2000, lr=1.2e-3, text=0.0, compress=True, pictures=150_000, concepts=1.0, odd=0.0),
         "2": dict(size=64, batch=48, steps=1500, lr=1e-3, text=0.0, compress=True, pictures=60_000, concepts=0.6, odd=0.0),
-        "3": dict(size=64, batch=48, steps=6000, lr=1e-3, text=0.0, compress=True, pictures=300_000, concepts=0.15, odd=0.0, letters=0.5),
+        "3": dict(size=64, batch=48, steps=6000, lr=1e-3, text=0.0, compress=True, pictures=300_000, concepts=0.15, odd=0.0, letters=0.4),
     },
     "paper": {                                               # f = 16, the published sizes; steps and batches of section 2.5
         "vq": dict(size=256, batch=256, steps=200_000, lr=1e-4, warm=5000, adversary=100_000, pool=200_000),

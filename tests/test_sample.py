@@ -649,11 +649,11 @@ def test_the_first_command_makes_the_right_picture(tmp_path):
 
 
 def test_the_bundled_model_follows_captions():
-    """A glance at what `--score` measures: 6 held-out captions of each task, with room below what these
-    have, as another processor rounds to other pictures."""
+    """A glance at what `--score` measures: 6 held-out captions of each task, with room below the 0.89
+    that these have, as another processor rounds to other pictures."""
     assert sample.BUNDLED.is_dir(), "weights/shapes is not there"
     shares = sample.score_tasks(sample.Pipeline(sample.BUNDLED), number=6, tasks=data.TASKS, progress=iter)
-    assert shares["overall"] >= 0.4, shares
+    assert shares["overall"] >= 0.6, shares
 
 
 def test_every_flag_has_help(cli):

@@ -451,7 +451,8 @@ def test_sharded_and_accumulated_equal_plain(base, tmp_path):
 
 
 def test_compiled_blocks_train_alike(base, tmp_path, monkeypatch):
-    """--compile traces whole blocks, forward and backward; the default backend, 20 s here, gave the same losses."""
+    """--compile traces whole blocks, forward and backward; the default backend, 20 s here, gave losses
+    equal to 4e-4."""
     plain, compile_block = losses(train_on(base, tmp_path / "plain", "--stage", "3", "--steps", "2")), torch.nn.Module.compile
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
