@@ -88,13 +88,13 @@ class Tokenizer:
             text = json.dumps(content, indent=2) + "\n"
             write_whole(folder / name, lambda path: Path(path).write_text(text, encoding="utf-8"))
 
-    def __call__(self, texts):
+    def __call__(self, texts, tell=True):
         """list of str -> (B, length) int64. A text that is too long is cut, END kept, and stderr says once what was
-        dropped."""
+        dropped, if it is to `tell`."""
         rows = []
         for text, piece in zip(texts, self.bpe.encode_batch(list(texts), add_special_tokens=False)):
             room = self.length - 2
-            if len(piece.ids) > room and text not in self.cut:
+            if tell and len(piece.ids) > room and text not in self.cut:
                 self.cut.add(text)
                 print(f"prompt cut to {room} tokens; dropped: {text_after(text, piece, room)!r}", file=sys.stderr)
             row = [self.start, *piece.ids[:room], self.end]

@@ -479,6 +479,10 @@ class Pictures:
     def __len__(self):
         return len(self.entries)
 
+    def state(self, i):
+        """What changes when the ith picture or its caption does: names, captions that were listed, sizes and times of files."""
+        return [(part, _size_and_time(part.path)) if isinstance(part, File) else part for part in self.entries[i]]
+
     def __getitem__(self, i):
         picture, caption, about, score = self.entries[i]
         try:
@@ -493,6 +497,15 @@ class Pictures:
         except Exception as e:                     # broken pictures make Pillow raise struct.error, KeyError and more
             raise _picture_error(file, e) from None
         return image, _clean(caption), score
+
+
+@lru_cache(maxsize=64)
+def _size_and_time(path):
+    try:
+        found = os.stat(path)
+    except OSError as e:
+        return str(e)
+    return found.st_size, found.st_mtime_ns
 
 
 def _picture_error(file, e):

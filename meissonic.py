@@ -276,7 +276,7 @@ class Transformer(Pretrained):
         self.mlm_layer = named(conv1=Pointwise(width, width), layer_norm=RMSNorm(width),
                                conv2=Pointwise(width, c.codebook_size))
         self.checkpointing = False                                                # recompute blocks in the backward pass
-        self.recorded = None                                                      # see `launch`
+        self.recorded = {}                                                        # see `launch`
 
     def lean(self, device, rounded=None):
         """Move to `device`, in place, all but the adaptive norms, the blocks' other linear layers rounded on the way
@@ -330,8 +330,13 @@ class Transformer(Pretrained):
         return [m for m in self.modules() if isinstance(m, AdaNorm)]
 
     def modulations(self, temb):
-        """(..., C) -> (..., W): what each adaptive norm makes of temb, side by side."""
-        return torch.cat([norm.make(F.silu(temb)) for norm in self.norms()], -1)
+        """(..., C) -> (..., W): what each adaptive norm makes of temb, side by side; written in place, as they are large."""
+        norms, x = self.norms(), F.silu(temb)
+        sizes = [norm.parts * self.config.width for norm in norms]
+        made = x.new_empty(*x.shape[:-1], sum(sizes))
+        for norm, part in zip(norms, made.split(sizes, -1)):
+            part.copy_(norm.make(x))
+        return made
 
     def features(self, tokens, hidden, pooled, micro_conds, timestep):
         """Everything but the head -> (B, h, w, C)."""
@@ -345,10 +350,11 @@ class Transformer(Pretrained):
         if not tokens.is_cuda:
             return blocks(tokens, text, made)
         shapes = tokens.shape, text.shape
-        if self.recorded is None or self.recorded[0] != shapes:
-            self.recorded = None                                                  # the old one's memory first
-            self.recorded = shapes, Graph(blocks, tokens, text, made)
-        return self.recorded[1](tokens, text, made)
+        if shapes not in self.recorded:
+            if len(self.recorded) == 2:                                           # drawing and judging; their memory first
+                self.recorded.clear()
+            self.recorded[shapes] = Graph(blocks, tokens, text, made)
+        return self.recorded[shapes](tokens, text, made)
 
     def run(self, tokens, text, temb):
         """`features` of what is prepared: text (B, L, C) of embed_text, temb (B, C) or what AdaNorm takes in its place."""
@@ -557,7 +563,7 @@ class Graph:
         with torch.cuda.stream(side):                             # kernels are compiled and tables filled before, not inside
             function(*self.inputs)
         torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, stream=side):
             self.output = function(*self.inputs)
 
     def __call__(self, *inputs):

@@ -111,8 +111,6 @@ def fetch(repo, dtype):
     try:
         names = [s.rfilename for s in HfApi().model_info(repo, timeout=5).siblings]
         return Path(snapshot_download(repo, allow_patterns=hub_files(names, dtype)))
-    except KeyboardInterrupt:
-        raise
     except Exception as e:                                    # the hub's transport errors differ between its versions
         reason = str(e).strip().splitlines()
         raise UserError(f"{repo} is not in the hub cache and cannot be fetched ({reason[0] if reason else type(e).__name__}); "
@@ -346,15 +344,13 @@ class Invented(Pipeline):
 def score_tasks(pipeline, number=100, batch=16, tasks=data.TASKS + ("unseen",), progress=tqdm, **settings):
     """The share of pictures that show what their caption says, for `number` held-out captions of each task of
     the world of shapes, seeds 0, 1, ... -> {task: share}, "overall" the mean of the six GenEval tasks."""
-    shares = {}
     pairs = [(task, text, claim) for task in tasks for text, claim in data.test_claims(task, number)]
     right = []
     for i in progress(range(0, len(pairs), batch)):
         part = pairs[i:i + batch]
         pictures = pipeline([text for _, text, _ in part], list(range(i, i + len(part))), **settings)
         right += [data.shows(picture, claim) for picture, (_, _, claim) in zip(pictures, part)]
-    for task in tasks:
-        shares[task] = float(np.mean([r for r, (t, _, _) in zip(right, pairs) if t == task]))
+    shares = {task: float(np.mean(right[i * number:(i + 1) * number])) for i, task in enumerate(tasks)}
     shares["overall"] = float(np.mean([shares[t] for t in tasks if t in data.TASKS]))
     return shares
 
@@ -799,11 +795,15 @@ def parse_arguments(argv):
 
 def choose_device(name):
     """--device -> (torch.device, why). Raises UserError for one that is unknown or not there."""
+    if name is None and torch.cuda.is_available():
+        return torch.device("cuda"), "the default"
     if name is None:
-        return (torch.device("cuda"), "the default") if torch.cuda.is_available() else (torch.device("cpu"), "no CUDA GPU")
+        return torch.device("cpu"), "no CUDA GPU" + (" that PyTorch can use" if torch.version.cuda else ", and a PyTorch without CUDA")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)                          # Triton and graphs go by the current one
         if device.type == "meta":
             raise RuntimeError("meta tensors hold no data")
     except (RuntimeError, AssertionError, ImportError) as e:
@@ -996,7 +996,7 @@ def make(pipeline, args, edit, prompts, seeds, text):
     if number and number > steps + 1:
         raise UserError(f"{steps} steps have {steps + 1} moments, --film asks for {number}")
     width, height = args.size or pipeline.fit(*edit.picture.size)
-    batch = args.batch or max(1, MOST_TOKENS * pipeline.tokens_f ** 2 // (width * height * args.candidates))
+    batch = args.batch or min(16, max(1, MOST_TOKENS * pipeline.tokens_f ** 2 // (width * height * args.candidates)))
     again = args.like and len(jobs) == 1                  # in a batch as it was: rounding depends on its shape
     turn = batch * max(1, TURN // batch)
     for start in range(0, len(jobs), turn):
@@ -1029,10 +1029,9 @@ def main(argv=None):
         sys.exit(fail(e))
     except OSError as e:
         sys.exit(fail(f"{e.filename or '--out'}: {e.strerror or e}"))
-    except (torch.OutOfMemoryError, MemoryError):
-        sys.exit(fail("out of memory: lower --size, --batch or --n, or use --dtype bfloat16"))
-    except RuntimeError as e:
-        if not re.search("allocate memory|Storage size calculation overflowed", str(e)):     # PyTorch's words on a CPU
+    except (RuntimeError, MemoryError) as e:
+        words = "allocate memory|Storage size calculation overflowed"                        # PyTorch's on a CPU
+        if not (isinstance(e, (torch.OutOfMemoryError, MemoryError)) or re.search(words, str(e))):
             raise
         sys.exit(fail("out of memory: lower --size, --batch or --n, or use --dtype bfloat16"))
     except KeyboardInterrupt:

@@ -1,7 +1,7 @@
 """Training: from nothing to a model that draws what it is told (paper sections 2.2, 2.4, 2.5).
 
     python train.py --out runs/shapes                         # all stages in turn; --resume goes on after any interruption
-    python train.py --preset cpu --out runs/cpu --compile     # smaller pictures: two CPU cores, an afternoon
+    python train.py --preset cpu --out runs/cpu --compile     # smaller pictures, for two CPU cores
     python train.py --out runs/shapes --stage 3 --resume      # one stage: tokenizer, text, vq, 1, 2, 3, 4
     python train.py --init meissonic --data photos --preset paper --stage 4 --lora 16        # fine-tune public weights
     python train.py --encode --data photos --init meissonic --stage 4 --preset paper         # pictures to tokens, no more
@@ -18,7 +18,7 @@ vq           pictures -> tokens -> pictures: an autoencoder first, its codebook 
 A run's folder is a model folder (`sample.py --model`) with the checkpoints, log.jsonl, loss.png and sheet.png beside.
 A stage starts from the model that is there. Every random choice of step i comes from a generator seeded with
 (seed, stage, i), and step i reads the same examples of the same permutation: a run that goes on from a checkpoint
-sees what it would have seen, and the step is all the state that there is to keep.
+sees what it would have seen, and the step is all of it that there is to keep.
 
 Letters: B batch, H W pixels, h w tokens, L text positions, E codebook vector, V codebook, C width.
 """
@@ -32,6 +32,7 @@ import statistics
 import sys
 import time
 import zlib
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from unittest import mock
@@ -63,7 +64,8 @@ import vq
 # One line for each stage: size x size pixels, global batch, steps, peak learning rate, that of the text encoder in
 # its share (text; 0: frozen), compression layers or none, how many pictures of the world of shapes are drawn, which share of
 # them shows a single concept, which is cropped and which spoilt (odd, a quarter each unless it is said), and which of the
-# objects in the others are letters (a sixth).
+# objects in the others are letters (a sixth); at which share of its peak the learning rate's cosine ends (floor: 0.02; 1 is a
+# fixed rate, as the paper's).
 # Stage text: the text encoder alone, from captions and scenes (the paper takes CLIP's).
 # Stage vq: steps as an autoencoder (warm), the step at which the discriminator joins (adversary), pictures drawn (pool), and
 # how many colours and outlines make up a codebook that is computed, as the encoder then is, not trained (patches).
@@ -81,14 +83,14 @@ PRESETS = {
         "vq": dict(size=64, batch=32, steps=2400, lr=2e-3, warm=0, adversary=2400, pool=6000, concepts=0.2, odd=0.0, patches=(8, 36)),
         "1": dict(size=32, batch=64, steps=2000, lr=1.2e-3, text=0.0, compress=True, pictures=150_000, concepts=1.0, odd=0.0),
         "2": dict(size=64, batch=48, steps=1500, lr=1e-3, text=0.0, compress=True, pictures=60_000, concepts=0.6, odd=0.0),
-        "3": dict(size=64, batch=48, steps=6000, lr=1e-3, text=0.0, compress=True, pictures=300_000, concepts=0.15, odd=0.0, letters=0.4),
+        "3": dict(size=64, batch=48, steps=4000, lr=1e-3, text=0.0, compress=True, pictures=200_000, concepts=0.15, odd=0.0, letters=0.4),
     },
     "paper": {                                               # f = 16, the published sizes; steps and batches of section 2.5
         "vq": dict(size=256, batch=256, steps=200_000, lr=1e-4, warm=5000, adversary=100_000, pool=200_000),
-        "1": dict(size=256, batch=2048, steps=100_000, lr=1e-4, text=0.0, compress=False, pictures=2_000_000, concepts=1.0),
-        "2": dict(size=512, batch=512, steps=100_000, lr=1e-4, text=0.0, compress=False, pictures=2_000_000),
-        "3": dict(size=1024, batch=256, steps=42_000, lr=1e-4, text=0.0, compress=True, pictures=2_000_000),
-        "4": dict(size=1024, batch=256, steps=10_000, lr=1e-5, text=1.0, compress=True, pictures=1_000_000),
+        "1": dict(size=256, batch=2048, steps=100_000, lr=1e-4, text=0.0, compress=False, floor=1, pictures=2_000_000, concepts=1.0),
+        "2": dict(size=512, batch=512, steps=100_000, lr=1e-4, text=0.0, compress=False, floor=1, pictures=2_000_000),
+        "3": dict(size=1024, batch=256, steps=42_000, lr=1e-4, text=0.0, compress=True, floor=1, pictures=2_000_000),
+        "4": dict(size=1024, batch=256, steps=10_000, lr=1e-5, text=1.0, compress=True, floor=1, pictures=1_000_000),
     },
 }
 STAGES = ("tokenizer", "text", "vq", "1", "2", "3", "4")
@@ -146,8 +148,14 @@ class Run:
         if (self.world > 1 or shard) and not dist.is_initialized():
             if self.world == 1:
                 raise sample.UserError("--shard wants several processes: start with torchrun")
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(days=1))   # for encode, look
         self.out.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def dtype(self):
+        """That of the matrix products."""
+        able = self.device.type != "cuda" or torch.cuda.get_device_capability(self.device) >= (8, 0)
+        return torch.bfloat16 if able else torch.float32
 
     @property
     def first(self):
@@ -183,16 +191,16 @@ class Run:
 
     @contextlib.contextmanager
     def precision(self):
-        """bfloat16 autocast; on a CPU with the plain attention, which trains 1.2x faster than its flash kernel at
-        the lengths of the small model."""
+        """bfloat16 autocast (GPUs before compute capability 8.0 only pretend to it: none); on a CPU with the plain attention,
+        which trains 1.2x faster than its flash kernel at the lengths of the small model."""
         attention = sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else contextlib.nullcontext()
-        with torch.autocast(self.device.type, torch.bfloat16), attention:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16), attention:
             yield
 
     def parallel(self, student):
-        """The student over all processes: replicated, or with --shard each block's parameters, gradients and
-        moments split (ZeRO-3, by PyTorch's fully_shard)."""
-        if not self.shard:
+        """The student over all processes: replicated, or with --shard each block's parameters, gradients and moments
+        split (ZeRO-3, by PyTorch's fully_shard). The text encoder alone and the VQ model are small: always replicated."""
+        if not self.shard or not blocks_of(student):
             return DistributedDataParallel(student) if self.world > 1 else student
         for block in blocks_of(student):
             fully_shard(block)
@@ -200,10 +208,10 @@ class Run:
 
     def synchronise(self, model, last):
         """Before a forward pass: gradients travel between processes in a step's last backward pass alone."""
-        if self.shard:
-            model.set_requires_gradient_sync(last)
-        elif self.world > 1:
+        if isinstance(model, DistributedDataParallel):
             model.require_backward_grad_sync = last
+        elif self.shard:
+            model.set_requires_gradient_sync(last)
 
 
 def blocks_of(student):
@@ -212,13 +220,14 @@ def blocks_of(student):
 
 
 def compile_blocks(run, student):
+    torch._dynamo.config.optimize_ddp = False                    # else blocks are cut into 25 MB for data parallelism
     for block in blocks_of(student) if run.compile else ():
         block.compile()
 
 
-def learning_rate(step, steps, peak, warmup=100):
-    """Linear warm-up, then a cosine to 2% of the peak."""
-    return peak * min(1, (step + 1) / warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+def learning_rate(step, steps, peak, floor=0.02, warmup=100):
+    """Linear warm-up, then a cosine to `floor` of the peak; with floor 1 a fixed rate, as the paper's."""
+    return peak * min(1, (step + 1) / warmup) * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
 def decay_groups(module, scale=1.0, weight_decay=0.01):
@@ -231,47 +240,58 @@ def decay_groups(module, scale=1.0, weight_decay=0.01):
             dict(params=[p for n, p in trained if spared(n, p)], weight_decay=0.0, scale=scale)]
 
 
-def fit(run, stage, student, groups_of, losses, batch, steps, lr, finish, average=0.999, patience=3):
+def fit(run, stage, student, groups_of, losses, batch, steps, lr, finish, look=None, floor=0.02, average=0.999, patience=3):
     """Train `student` (a module on run.device) for `steps` steps and keep an average of its weights.
 
     groups_of()               the optimizer's groups, from decay_groups; asked for after the student is sharded
     losses(model, step, attempt)  yields (loss, {name: number to log}) for each gradient accumulation; `model` is student,
                               behind data parallelism; their sum over accumulations, averaged over processes, is the loss
-    finish(average, step)     called at each save in the first process with {name: tensor}, averaged where it is trained
+    finish(average, step)     called at each save in the first process with {name: tensor}, averaged where it is trained:
+                              writes the model
+    look(step)                called, if there is one, every run.look_every steps and at the end, when all is saved
     A step with a non-finite loss or gradient is dropped; after `patience` in a row the last checkpoint is loaded
     and training goes on with other data (the paper, section 2.2, after LLaMA). SIGTERM and Ctrl-C save first.
     """
     compile_blocks(run, student)
     model = run.parallel(student)
     groups = [g for g in groups_of() if g["params"]]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=run.device.type == "cuda")
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=run.device.type in ("cpu", "cuda"))
     live = trained(student)
     shadow = {k: v.detach().clone() for k, v in live.items()}
     step, attempt, bad = 0, 0, 0
-    if run.resume and checkpoints(run.out, stage):
-        step, attempt = load_checkpoint(checkpoints(run.out, stage)[-1], optimizer, live, shadow)
+    going_on = run.resume and checkpoints(run.out, stage)
+    run.wait()                                                             # until all have looked
+    if going_on:
+        step, attempt = load_checkpoint(going_on[-1], optimizer, live, shadow)
     log = Log(run, stage, step, steps, batch)
 
     def save():
-        mean = {k: whole(shadow.get(k, v)) for k, v in student.state_dict().items()}    # all processes take part
-        flat = {f"shadow.{k}": mean[k] for k in live} | {f"student.{k}": whole(v) for k, v in live.items()}
+        mine = lambda tensor: whole(tensor, run.first)                     # all processes take part
+        mean = {k: mine(shadow.get(k, v)) for k, v in student.state_dict().items()}
+        flat = {f"shadow.{k}": mean[k] for k in live} | {f"student.{k}": mine(v) for k, v in live.items()}
         for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"]):
-            flat |= {f"optimizer.{i}.{k}": whole(v) for k, v in optimizer.state[p].items()}
+            flat |= {f"optimizer.{i}.{k}": mine(v) for k, v in optimizer.state[p].items()}
         if run.first:
+            if step:                                                       # first, as a stage whose last checkpoint stands is over
+                finish(mean, step)
             save_checkpoint(run.out / f"{stage}-{step:07d}.checkpoint.safetensors", flat, step, attempt)
             for old in checkpoints(run.out, stage)[:-KEEP]:
                 old.unlink()
-            finish(mean, step)
+            if not step:
+                finish(mean, step)
+            if look and step and (step % run.look_every == 0 or step == steps):
+                look(step)
         run.wait()
 
-    if step == 0:
+    if not going_on:
         if run.first:
-            for old in checkpoints(run.out, stage):                        # of a run that is not gone on with
-                old.unlink()
+            for later in STAGES[STAGES.index(stage):]:                     # of a run that is not gone on with
+                for old in checkpoints(run.out, later):
+                    old.unlink()
         save()                                                             # a good state to go back to from the first step on
     with Stop() as stop:
         while step < steps:
-            rate = learning_rate(step, steps, lr)
+            rate = learning_rate(step, steps, lr, floor)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["scale"]
             optimizer.zero_grad(set_to_none=True)
@@ -301,7 +321,7 @@ def fit(run, stage, student, groups_of, losses, batch, steps, lr, finish, averag
                     step, attempt = load_checkpoint(checkpoints(run.out, stage)[-1], optimizer, live, shadow)
                     attempt, bad = attempt + 1, 0
                     log.event(step, "reloaded", attempt=attempt)
-            if step % run.save_every == 0 or step == steps or stopping:
+            if step % run.save_every == 0 or look and step % run.look_every == 0 or step == steps or stopping:
                 save()
             if stopping:
                 raise KeyboardInterrupt
@@ -330,9 +350,10 @@ def trained(student):
     return {k: v for k, v in student.state_dict().items() if k not in frozen}
 
 
-def whole(tensor):
-    """A tensor that may be split over processes, as one on the CPU; all processes must ask."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+def whole(tensor, keep=True):
+    """A tensor that may be split over processes, as one on the CPU, or None without `keep`; all processes must ask."""
+    one = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+    return one.cpu() if keep else None
 
 
 def copy_in(target, value):
@@ -351,7 +372,7 @@ def checkpoints(out, stage):
 def save_checkpoint(path, flat, step, attempt):
     """One safetensors file with the weights, their average, the optimizer's moments and the step. Written beside and
     renamed: killed at any moment, or on a full disk, the one before is whole."""
-    flat = {k: v.contiguous().clone() for k, v in flat.items()}
+    flat = {k: v.contiguous() for k, v in flat.items()}
     try:
         vq.write_whole(path, lambda p: save_file(flat, p, metadata={"step": str(step), "attempt": str(attempt)}))
     except Exception as e:                                     # safetensors wraps "no space left" in its own error
@@ -430,12 +451,18 @@ def write_line(run, **entry):
         file.write(json.dumps(entry) + "\n")
 
 
+def entries(log):
+    """The entries of a log.jsonl; a line that a full disk cut off is none."""
+    for line in log.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            yield json.loads(line)
+
+
 def draw_losses(log, path, width=640, height=320):
     """log.jsonl -> a PNG, losses on a logarithmic scale: the text encoder above, then the VQ model, below them the
     transformer's stages side by side on one scale, so that the seams between them show."""
     rows = {}
-    for line in log.read_text().splitlines():
-        entry = json.loads(line)
+    for entry in entries(log):
         if "event" not in entry and entry["loss"] > 0:
             row = rows.setdefault(entry["stage"] if entry["stage"] in ("text", "vq") else "transformer", {})
             points = row.setdefault(entry["stage"], {})
@@ -460,20 +487,34 @@ def draw_losses(log, path, width=640, height=320):
 
 
 def look(run, stage, step, number=16):
-    """Draw sheet.png, pictures for fixed captions, score the six tasks with the model as saved so far, and log both. One
-    candidate for each picture: this tells how training goes, and training waits."""
-    pipeline = sample.Pipeline(run.out, run.device)
+    """Draw sheet.png, twenty pictures for fixed captions with the model as saved so far; in the world of shapes score the
+    six tasks too, and log both. One candidate for each picture: this tells how training goes, and training waits."""
+    pipeline = sample.Pipeline(run.out, run.device, lora=run.out / "lora.safetensors" if run.lora else None)
     pipeline.candidates = 1
-    texts = [text for task in data.TASKS[1:] for text, _ in data.test_claims(task, 4, seed=1)]
-    pictures = pipeline(texts, [0] * len(texts))
+    texts = readable(source_of(run, stage), 20)[1] if run.data else \
+        [text for task in data.TASKS[1:] for text, _ in data.test_claims(task, 4, seed=1)]
+    pictures = [picture for k, text in enumerate(texts) for picture in pipeline([text], [k])]
     side = pictures[0].width
     sheet = Image.new("RGB", (5 * side, 4 * side))
     for i, picture in enumerate(pictures):
         sheet.paste(picture, (i // 4 * side, i % 4 * side))
     vq.write_whole(run.out / "sheet.png", lambda p: sheet.save(p, "PNG"))
-    scores = {k: round(v, 3) for k, v in sample.score_tasks(pipeline, number, progress=iter).items()}
-    write_line(run, stage=stage, step=step, event="scores", **scores)
-    tqdm.write(f"stage {stage} step {step}: " + ", ".join(f"{k} {v:.2f}" for k, v in scores.items()))
+    if not run.data:
+        scores = {k: round(v, 3) for k, v in sample.score_tasks(pipeline, number, progress=iter).items()}
+        write_line(run, stage=stage, step=step, event="scores", **scores)
+        tqdm.write(f"stage {stage} step {step}: " + ", ".join(f"{k} {v:.2f}" for k, v in scores.items()))
+
+
+def summary(run):
+    """Print what log.jsonl says of each stage: its steps, the last loss, samples per second, the last scores."""
+    stages, columns = {}, dict(step="d", loss=".4f", samples_per_second=".1f", **dict.fromkeys((*data.TASKS, "overall"), ".2f"))
+    for entry in entries(run.out / "log.jsonl"):
+        if entry.get("event") in (None, "scores"):
+            stages.setdefault(entry["stage"], {}).update(entry)
+    print("stage     steps      loss  samples/s " + "".join(f" {task:>11}" for task in list(columns)[3:]))
+    for stage, last in stages.items():
+        print(f"{stage:5}" + "".join(f" {format(last[key], form) if key in last else '-':>{9 if i < 3 else 11}}"
+                                     for i, (key, form) in enumerate(columns.items())))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -490,6 +531,9 @@ class World:
     def __len__(self):
         return self.number
 
+    def state(self, i):
+        return None
+
     def __getitem__(self, i):                                    # -> (size, size, 3) uint8, caption, micro (5,) float32
         return data.training_example(np.random.default_rng([*self.key, i]), self.size, **self.shares)
 
@@ -502,6 +546,9 @@ class Disk:
 
     def __len__(self):
         return len(self.pictures)
+
+    def state(self, i):
+        return self.pictures.state(i)
 
     def __getitem__(self, i):                                    # as World; raises data.PictureError
         picture, text, score = self.pictures[i]
@@ -532,8 +579,8 @@ def token_folder(run, stage):
 
 def encode(run, stage, chunk=1000):
     """Write each picture of a stage's source as tokens, once, `chunk` to a file: tokens (M, h, w) int16, text (M, L)
-    int32, micro (M, 5) float32. Files of the same pictures, VQ model and tokenizer are kept, so that nothing is encoded
-    twice and an interrupted run loses one chunk at most; each process writes every world-th file. A picture
+    int32, micro (M, 5) float32. Files of the same pictures, VQ model and tokenizer are kept (of a disk's pictures and
+    captions: of the same names, sizes and times), so that nothing is encoded twice and an interrupted run loses one chunk at most; each process writes every world-th file. A picture
     that cannot be read is skipped, counted and named in its file."""
     source, folder = source_of(run, stage), token_folder(run, stage)
     tokenizer = clip.Tokenizer.from_pretrained(run.out / "tokenizer")
@@ -544,15 +591,16 @@ def encode(run, stage, chunk=1000):
                        f"{mixture(run.stages[stage])}, "
                        f"{[zlib.crc32(p.read_bytes()) for p in files]}"}
     folder.mkdir(parents=True, exist_ok=True)
-    count = math.ceil(len(source) / chunk)
+    count, most = math.ceil(len(source) / chunk), max(1, min(50, 2 ** 21 // run.stages[stage]["size"] ** 2))   # at 1024 pixels 3 GB
     for old in folder.glob("*.safetensors"):
         if run.first and int(old.stem) >= count:                             # of a source that was larger
             old.unlink()
     for k in tqdm(range(run.rank, count, run.world), f"encode {stage}", disable=not run.first):
-        path, skipped, read = folder / f"{k:06d}.safetensors", [], []
-        if path.is_file() and metadata(path).get("source") == about["source"]:
+        path, skipped, read, chosen = folder / f"{k:06d}.safetensors", [], [], range(k * chunk, min((k + 1) * chunk, len(source)))
+        about["state"] = f"{zlib.crc32(repr([source.state(i) for i in chosen]).encode()):08x}"
+        if path.is_file() and about.items() <= metadata(path).items():
             continue
-        for i in range(k * chunk, min((k + 1) * chunk, len(source))):
+        for i in chosen:
             try:
                 read.append(source[i])
             except data.PictureError as e:
@@ -560,8 +608,9 @@ def encode(run, stage, chunk=1000):
         if read:
             pictures, captions, micro = zip(*read)
             with torch.no_grad():
-                tokens = [model.encode(part.to(run.device)).short().cpu() for part in pixels(np.stack(pictures)).split(50)]
-            flat = dict(tokens=torch.cat(tokens), text=tokenizer(captions).int(), micro=torch.from_numpy(np.stack(micro)))
+                tokens = [model.encode(pixels(np.stack(pictures[i:i + most])).to(run.device)).short().cpu()
+                          for i in range(0, len(pictures), most)]
+            flat = dict(tokens=torch.cat(tokens), text=tokenizer(captions, tell=False).int(), micro=torch.from_numpy(np.stack(micro)))
         else:
             flat = dict(tokens=torch.zeros(0, 1, 1, dtype=torch.int16))
         vq.write_whole(path, lambda p: save_file(flat, p, metadata=about | {"skipped": json.dumps(skipped)}))
@@ -644,7 +693,8 @@ class VQStudent(nn.Module):
         super().__init__()
         self.vq, self.critic, self.price = model, critic(), 0.1
         entries = model.config.num_vq_embeddings
-        self.register_buffer("share", torch.full((entries,), 1 / entries))      # of the latents that each code serves
+        self.register_buffer("share", torch.full((entries,), 1 / entries))      # of the latents that each code serves, lately
+        self.register_buffer("used", torch.zeros(entries))                      # how many it served since `revive`
 
     def forward(self, images, quantise, adversary):
         """images (B, 3, H, W) -> loss, reconstruction error, latents (B h w, E), their tokens and squared distances
@@ -669,11 +719,12 @@ class VQStudent(nn.Module):
         Lookabaugh and Gray 1989). The encoder commits to the commoner code, and a flat ground ends as one token
         instead of a dozen that differ by chance, which no transformer can predict."""
         distance = torch.cdist(latents, self.vq.quantize.embedding.weight.detach().float()).square()
-        tokens = (distance - self.price * self.share.log()).argmin(1)
-        if self.training:
-            now = torch.bincount(tokens, minlength=len(self.share)) / len(tokens)
-            self.share.lerp_(now, 0.01).clamp_(min=1e-5)
-        return tokens
+        return (distance - self.price * self.share.log()).argmin(1)
+
+    def count(self, served):
+        """Take note of how many latents each code served (V,) in a step, in all processes."""
+        self.share.lerp_(served / served.sum(), 0.01).clamp_(min=1e-5)
+        self.used += served
 
     def duel(self, images, decoded, loss, on):
         """What discriminator and decoder add to the loss: the hinge, and minus the logit of the decoded picture in
@@ -708,10 +759,11 @@ def train_vq(run):
     torch.manual_seed(run.seed)
     student = VQStudent(vq.VQModel(vq.Config(**MODELS[run.preset]["vq"]))).to(run.device)
     book = student.vq.quantize.embedding.weight
-    stock = np.stack(readable(source_of(run, "vq"), preset["pool"])[0])                                    # (pool, H, W, 3)
-    used = torch.zeros(len(book), device=run.device)
+    source = source_of(run, "vq")
+    kept = lru_cache(2 ** 31 // (3 * preset["size"] ** 2))(lambda i: readable(source, 1, i)[0][0])         # 2 GB of pictures
+    images_of = lambda index: pixels(np.stack([kept(int(i)) for i in index])).to(run.device)               # (B, 3, H, W)
     if patches := preset.get("patches"):
-        images = pixels(stock[:1000]).to(run.device)
+        images = images_of(range(min(len(source), 1000)))
         wire(student.vq, images)
         with torch.no_grad():
             book.copy_(rows(student.vq.latent(two_tone(images, *patches, run.rng("vq", 0)))))
@@ -722,23 +774,24 @@ def train_vq(run):
         rng = run.rng("vq", step, attempt)
         if step == warm and not patches:
             with torch.no_grad():
-                seen = torch.cat([rows(student.vq.latent(pixels(stock[i:i + 64]).to(run.device)).float())
-                                  for i in range(0, min(len(stock), 640), 64)])
+                seen = torch.cat([rows(student.vq.latent(images_of([i])).float()) for i in range(min(len(source), 640))])
                 book.copy_(k_means(distinct(seen), len(book), rng))
             run.same(book)
-        for part, in run.parts(rng.integers(len(stock), size=batch)):
+        served = torch.zeros_like(student.used)
+        for part, in run.parts(rng.integers(len(source), size=batch)):
             with run.precision():
-                loss, error, latents, tokens, miss = model(pixels(stock[part]).to(run.device), step >= warm, step >= adversary)
+                loss, error, latents, tokens, miss = model(images_of(part), step >= warm, step >= adversary)
             if tokens is not None:
-                used.add_(torch.bincount(tokens, minlength=len(book)))
-            yield loss / run.accumulate, dict(psnr=-10 * math.log10(float(error.detach())), codes=(used > 0).sum())
-        if step >= warm and step % 50 == 49:
-            run.total(used)
-            if step < 0.8 * steps and not patches:
-                revive(book, used, latents, miss, rng)
-                run.same(book)
-                student.share.masked_fill_(used == 0, 1 / len(book))
-            used.zero_()
+                served += torch.bincount(tokens, minlength=len(book))
+            yield loss / run.accumulate, dict(psnr=-10 * math.log10(float(error.detach())), codes=(student.used > 0).sum())
+        if step >= warm:
+            student.count(run.total(served))
+            if step % 50 == 49:
+                if step < 0.8 * steps and not patches:
+                    revive(book, student.used, latents, miss, rng)
+                    run.same(book)
+                    student.share.masked_fill_(student.used == 0, 1 / len(book))
+                student.used.zero_()
 
     def finish(average, step):
         model = vq.VQModel(student.vq.config)
@@ -814,12 +867,15 @@ def code_features(colours, outlines):
     return torch.cat([torch.cat(paired, 1), torch.cat(flat, 1)])
 
 
-def readable(source, number):
-    """The first `number` examples of a source, less those that cannot be read -> (pictures, captions, micro)."""
+def readable(source, number, first=0):
+    """The `number` examples of a source from the `first` on, those left out that cannot be read; after the last comes the
+    0th -> (pictures, captions, micro)."""
     examples = []
-    for i in range(min(number, len(source))):
+    for i in range(first, first + len(source)):
         with contextlib.suppress(data.PictureError):
-            examples.append(source[i])
+            examples.append(source[i % len(source)])
+        if len(examples) == number:
+            break
     if not examples:
         raise sample.UserError("no picture of --data could be read")
     return tuple(zip(*examples))
@@ -886,7 +942,8 @@ class Student(nn.Module):
         cross-entropy of the masked tokens, and the probe's. The masking-rate condition is the rate in 1000 levels.
 
         The probe: a text tower that starts from nothing says nothing, and the transformer learns to do without it.
-        So a linear layer, thrown away at the end, predicts each picture's histogram of tokens from the pooled text."""
+        So a linear layer, thrown away at the end, predicts each picture's histogram of tokens from the pooled text. Where
+        the text tower is frozen there is nothing to predict, and no loss."""
         hidden, pooled = self.encoder(ids)
         masked = tokens.flatten(1).masked_fill(mask, self.transformer.config.mask_token).view(tokens.shape)
         levels = (rates * 1000).round()
@@ -894,6 +951,8 @@ class Student(nn.Module):
         x = self.transformer.head_features(x.flatten(1, 2)[mask])                               # (masked, C)
         weight = self.transformer.mlm_layer.conv2.weight.flatten(1)                             # (V, C)
         loss = kernels.linear_cross_entropy(x, weight, tokens.flatten(1)[mask]).sum()
+        if not self.probe.weight.requires_grad:
+            return loss, loss.new_zeros(())
         histogram = torch.zeros(len(ids), len(weight), device=ids.device).scatter_add_(
             1, tokens.flatten(1), torch.ones_like(tokens.flatten(1), dtype=torch.float32)) / mask.shape[1]     # (B, V)
         return loss, F.cross_entropy(self.probe(pooled).float(), histogram)
@@ -1015,9 +1074,11 @@ def new_student(run, preset):
         student.encoder = clip.TextEncoder.from_pretrained(run.out / "text_encoder").train().requires_grad_(True)
     if there("transformer"):
         student.transformer = meissonic.Transformer.from_pretrained(run.out / "transformer").train().requires_grad_(True)
-        if preset["compress"] and not student.transformer.config.downsample and run.without != "compression":
+        if preset["compress"] and not (student.transformer.config.downsample or run.without == "compression" or run.lora):
             student.transformer = add_compression(student.transformer)
         student.probe = nn.Linear(student.transformer.config.pooled_projection_dim, student.transformer.config.codebook_size)
+    elif run.lora:
+        raise sample.UserError(f"--lora trains terms of a model: {run.out / 'transformer'} is not there; --init says which")
     if not preset["text"] and not there("text_encoder"):
         raise sample.UserError(f"{run.out / 'text_encoder'}: not there, and this stage does not train it: begin with --stage text, or --init")
     if not preset["text"] or run.lora:
@@ -1060,14 +1121,13 @@ def train_stage(run, stage, dropout=0.1):
     def finish(average, step):
         if run.lora:
             meissonic.save_lora(run.out / "lora.safetensors", student.transformer, strip(average, "transformer."))
-            return
-        save_model(run, student, average, size)
-        if step and not run.data and (step % run.look_every == 0 or step == steps):
-            look(run, stage, step)
+        else:
+            save_model(run, student, average, size)
 
     groups_of = lambda: decay_groups(student.transformer) + decay_groups(student.probe) + \
         decay_groups(student.encoder, scale=preset["text"])
-    fit(run, stage, student, groups_of, losses, batch, steps, preset["lr"], finish)
+    fit(run, stage, student, groups_of, losses, batch, steps, preset["lr"], finish, lambda step: look(run, stage, step),
+        preset.get("floor", 0.02))
 
 
 def save_model(run, student, average, size):
@@ -1125,9 +1185,9 @@ def benchmark(run, repeats=5):
             student = Student(*build(run.preset, words, preset["compress"]))
         compile_blocks(run, student)
         f = vq.Config(**MODELS[run.preset]["vq"]).f
-        batch, side = max(1, min(preset["batch"], 2 ** 15 // (preset["size"] // f) ** 2)), preset["size"] // f
+        batch, side = max(1, min(preset["batch"], 2 ** 14 // (preset["size"] // f) ** 2)), preset["size"] // f
         inputs = random_batch(run, student, batch, side, preset["size"])
-        optimizer = torch.optim.AdamW(student.parameters(), fused=run.device.type == "cuda")
+        optimizer = torch.optim.AdamW(student.parameters(), fused=run.device.type in ("cpu", "cuda"))
         with plainly(), FlopCounterMode(display=False) as counter:
             train_step(run, student, optimizer, inputs, plain_loss)
         seconds = {loss: [] for loss in (plain_loss, fused_loss)}
@@ -1210,7 +1270,7 @@ def parse_arguments(argv):
     p.add_argument("--data", default="shapes", metavar="SOURCE", help="shapes; a folder of pictures with NAME.txt or "
                    "metadata.jsonl; a .tar, a folder or a glob of WebDataset shards (default: %(default)s)")
     p.add_argument("--encode", action="store_true", help="write the pictures' tokens and stop (training does it where it was not done)")
-    p.add_argument("--seed", type=int, default=0, help="of every random choice (default: %(default)s)")
+    p.add_argument("--seed", type=sample.times, default=0, help="of every random choice (default: %(default)s)")
     p.add_argument("--steps", type=sample.positive, help="optimizer steps of the stage named by --stage (default: its preset)")
     p.add_argument("--batch", type=sample.positive, help="global batch of the stages (default: the presets)")
     p.add_argument("--lr", type=sample.finite, help="peak learning rate of the stages (default: the presets)")
@@ -1231,6 +1291,12 @@ def parse_arguments(argv):
         p.error("--steps wants --stage, one of " + ", ".join(STAGES[1:]))
     if args.stage not in (None, "tokenizer", *changed(PRESETS, args)):
         p.error(f"the preset {args.preset} has no stage {args.stage}")
+    if args.lr is not None and args.lr <= 0:
+        p.error(f"--lr {args.lr} is not positive")
+    if args.lora and not args.stage:
+        p.error("--lora wants --stage: it trains one")
+    if args.stage == "vq" and args.steps and args.steps <= (warm := PRESETS[args.preset]["vq"]["warm"]):
+        p.error(f"--steps {args.steps}: the codes are drawn after {warm} steps, ask for more")
     return args
 
 
@@ -1258,16 +1324,20 @@ def main(argv=None):
                   args.lora, args.without, stages=changed(PRESETS, args))
         if run.first:
             print(f"run: {args.out} | preset: {args.preset} | device: {run.device} ({why}) | processes: {run.world} | "
-                  f"dtype: bfloat16 autocast | kernels: {sample.kernel_path(run.device, torch.bfloat16)} | seed: {args.seed}")
+                  f"products: {str(run.dtype)[6:]} | kernels: {sample.kernel_path(run.device, run.dtype)} | seed: {args.seed}")
         if args.benchmark:
             return benchmark(run)
+        if run.first and not (args.stage or args.resume or args.encode) and (run.out / "tokenizer").is_dir() and init != run.out:
+            raise sample.UserError(f"--out {run.out} holds a model: --resume goes on with its training, another folder is a new one's")
         adopt(run)
         for stage in [args.stage] if args.stage else ("tokenizer", *run.stages):
             run_stage(stage, run, args.encode)
+        if run.first and (run.out / "log.jsonl").is_file() and not args.encode:
+            summary(run)
     except KeyboardInterrupt:
         print("\nstopped; --resume goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
-    except (sample.UserError, vq.CheckpointError, data.SourceError, OSError) as e:
+    except (sample.UserError, vq.CheckpointError, data.SourceError, SafetensorError, OSError) as e:     # the fourth: a full disk
         print(f"train.py: error: {e}", file=sys.stderr)
         sys.exit(2)
     finally:
@@ -1277,7 +1347,7 @@ def main(argv=None):
 
 def adopt(run):
     """Copy the parts of --init into the run's folder; with --resume those alone that it has not yet."""
-    if run.init and run.first:
+    if run.init and run.first and not run.init.samefile(run.out):
         for part in ("tokenizer", "vqvae", "text_encoder", "transformer", "scheduler"):
             if (run.init / part).is_dir() and not (run.resume and (run.out / part).is_dir()):
                 shutil.rmtree(run.out / part, ignore_errors=True)
@@ -1286,26 +1356,22 @@ def adopt(run):
 
 
 def run_stage(stage, run, encode_only):
-    """Run one stage. With resume, a tokenizer that is there is kept, and trainings go on; with init, the tokenizer
-    and the VQ model are that model's if it has them."""
-    adopted = lambda part: run.init and (run.init / part).is_dir()
+    """Run one stage, unless what it makes is there to stay: brought by --init; a tokenizer, with --resume; any, with
+    --encode; or with --resume the stage's last checkpoint is its end (later ones may have changed the model since)."""
+    part = dict(tokenizer="tokenizer", text="text_encoder", vq="vqvae").get(stage)
+    brought, made = (part and folder and (folder / part).is_dir() for folder in (run.init, run.out))
+    run.wait()                                                   # until all have looked
+    if brought or made and (stage == "tokenizer" if run.resume else encode_only) or encode_only and stage == "text":
+        return
     if stage == "tokenizer":
-        if run.first and not adopted("tokenizer") and not (run.resume and (run.out / "tokenizer").is_dir()):
+        if run.first:
             length = MODELS[run.preset]["text"].get("max_position_embeddings", 77)
             train_tokenizer(captions(run), length).save_pretrained(run.out / "tokenizer")
         run.wait()
-    elif stage == "text":
-        if not adopted("text_encoder") and not (run.resume and steps_done(run, "text") >= run.stages["text"]["steps"]):
-            train_text(run)
-    elif stage == "vq":
-        if not adopted("vqvae") and not (run.resume and steps_done(run, "vq") >= run.stages["vq"]["steps"]):
-            train_vq(run)
-    elif encode_only:
+    elif encode_only and not part:
         encode(run, stage)
-    elif run.resume and steps_done(run, stage) >= run.stages[stage]["steps"]:
-        return                                                   # later stages may have changed the model since
-    else:
-        train_stage(run, stage)
+    elif not (run.resume and steps_done(run, stage) >= run.stages[stage]["steps"]):
+        {"text": train_text, "vq": train_vq}.get(stage, lambda run: train_stage(run, stage))(run)
 
 
 def steps_done(run, stage):

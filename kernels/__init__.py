@@ -8,7 +8,7 @@ import os
 
 import torch
 
-from kernels._triton import capability, interpreted, triton
+from kernels._triton import capability, interpreted, no_launcher, triton
 from kernels.attention import attention_by_head, attention_plain, attention_triton
 from kernels.cross_entropy import linear_cross_entropy_plain, linear_cross_entropy_triton
 from kernels.linear8 import linear8_plain, linear8_triton, round8
@@ -33,7 +33,7 @@ def obstacle(device, dtype):
         return f"compute capability {major}.{minor} is below 7.5"
     if dtype == torch.bfloat16 and major < 8:
         return f"bfloat16 needs compute capability 8.0, not {major}.{minor}"
-    return None
+    return no_launcher()
 
 
 def choose(device, dtype):

@@ -1,4 +1,6 @@
 """Triton where it exists. Without it (macOS, Windows) what stands below `@jit` is a plain function that nobody calls."""
+from functools import lru_cache
+
 import torch
 
 try:
@@ -26,3 +28,13 @@ def interpreted():
 def capability(device):
     """(major, minor) of a CUDA device, e.g. (9, 0); None on the CPU."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+@torch.compiler.assume_constant_result
+@lru_cache(maxsize=1)
+def no_launcher():
+    """Why kernels cannot be launched on this machine's GPU, or None: Triton compiles a piece of C for that, once."""
+    try:
+        triton.runtime.driver.active.utils
+    except Exception as e:                                                  # of the compiler, the linker, the driver
+        return f"Triton wants a C compiler and Python's headers ({(str(e).splitlines() or [type(e).__name__])[0][:100]})"

@@ -248,7 +248,7 @@ def picture(meissonic, pipeline, size, number, steps, guidance):
             pipeline.rounded = rounded if name == "fast" else None
             peak_memory_reset(cuda)
             if name == "plain":
-                pipeline.transformer, pipeline.vq                         # all three in memory, as in the official code
+                pipeline.transformer.to(pipeline.device), pipeline.vq     # all three in memory, as in the official code
             start = now(cuda)
             text = pipeline.encode_text([*prompts, ""], *size, pipeline.score_condition)
             text, against = text.rows(slice(number)), text.rows([number] * number)

@@ -31,7 +31,9 @@ def round8(x, dtype):
 def linear8_plain(x, weight, scale, bias):
     """The reference; see `kernels.linear8` for the arguments."""
     rows, x_scale = round8(x.flatten(0, -2), weight.dtype)
-    if weight.dtype == torch.int8 and (x.device.type == "cpu" or len(rows) > 16 and x.shape[-1] % 8 == len(weight) % 8 == 0):
+    if x.is_cuda and x.dtype == torch.bfloat16 and weight.dtype != torch.int8:        # holds float8 exactly
+        y = (rows.to(x.dtype) @ weight.to(x.dtype).t()).float()
+    elif weight.dtype == torch.int8 and (x.device.type == "cpu" or len(rows) > 16 and x.shape[-1] % 8 == len(weight) % 8 == 0):
         y = torch._int_mm(rows, weight.t()).float()
     else:
         y = rows.float() @ weight.float().t()
@@ -62,6 +64,7 @@ def linear8_kernel(x8, x_scale, w8, w_scale, bias, y,  # (M, K), (M,), (N, K), (
                    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr):
     """A tile of y. Tiles are taken GROUP rows at a time, down before right, so that the cache serves x and w."""
     down, right = tl.cdiv(M, ROWS), tl.cdiv(N, COLUMNS)
+    EXACT: tl.constexpr = None if SUM == tl.int32 else DEPTH    # float8 sums of Hopper have 14 bits: one block's, no more
     group, place = tl.program_id(0) // (GROUP * right), tl.program_id(0) % (GROUP * right)
     height = tl.minimum(down - group * GROUP, GROUP)
     row = (group * GROUP + place % height) * ROWS + tl.arange(0, ROWS)
@@ -73,7 +76,7 @@ def linear8_kernel(x8, x_scale, w8, w_scale, bias, y,  # (M, K), (M,), (N, K), (
     for start in range(0, K, DEPTH):
         a = tl.load(x8 + start, mask=(row < M)[:, None] & (start + k < K)[None, :], other=0.0)
         b = tl.load(w8 + start, mask=(column < N)[None, :] & (start + k < K)[:, None], other=0.0)
-        total = tl.dot(a, b, total, out_dtype=SUM)
+        total = tl.dot(a, b, total, out_dtype=SUM, max_num_imprecise_acc=EXACT)
     result = total.to(tl.float32) * tl.load(x_scale + row, mask=row < M, other=0.0)[:, None]
     result *= tl.load(w_scale + column, mask=column < N, other=0.0)[None, :]
     if BIAS:

@@ -39,7 +39,8 @@ BELOW_ONE = 1 - 2.0 ** -24                            # the largest float32 belo
 
 
 def philox(seed, c0, c1, c2, c3, rounds=10):
-    """Philox 4x32: int64 tensors that broadcast, `seed` 64 bits, counters 32 bits -> first word, int64 of 32 bits."""
+    """Philox 4x32: int64 tensors that broadcast, `seed` 64 bits, counters 32 bits -> first word, int64 of 32 bits. c2 and
+    c3 may be plain ints, for which a GPU need not be waited."""
     k0, k1 = seed & MASK32, (seed >> 32) & MASK32
     for _ in range(rounds):
         a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57                     # modulo 2^64: int64 wraps round
@@ -57,9 +58,8 @@ def gumbel(bits):
 
 def draw_noise(seeds, step, positions, count, stream):
     """Gumbel noise (B, M, count). seeds (B,), positions (B, M) int64."""
-    word = lambda n: torch.tensor(n, device=positions.device)
     index = torch.arange(count, device=positions.device)
-    return gumbel(philox(seeds[:, None, None], index, positions[..., None], word(step), word(stream)))
+    return gumbel(philox(seeds[:, None, None], index, positions[..., None], step, stream))
 
 
 def confidence_noise(seeds, step, positions):

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 import kernels                                                                                       # noqa: E402
 from kernels import sampling                                                                         # noqa: E402
-from kernels._triton import triton                                                                   # noqa: E402
+from kernels._triton import no_launcher, triton                                                                   # noqa: E402
 from kernels.attention import one_pass                                                               # noqa: E402
 
 needs_triton = pytest.mark.skipif(triton is None, reason="triton is not installed")
@@ -89,6 +89,7 @@ def test_path(chip, dtype, expected, monkeypatch):
     monkeypatch.delenv("MEISSONIC_KERNELS", raising=False)
     monkeypatch.setattr(kernels, "capability", lambda device: chip)
     monkeypatch.setattr(kernels, "interpreted", lambda: False)
+    monkeypatch.setattr(kernels, "no_launcher", lambda: None)
     assert kernels.path(CUDA, dtype) == expected
     monkeypatch.setenv("MEISSONIC_KERNELS", "plain")
     assert kernels.path(CUDA, dtype) == "plain (MEISSONIC_KERNELS=plain)"
@@ -98,6 +99,23 @@ def test_path(chip, dtype, expected, monkeypatch):
             kernels.path(CUDA, dtype)
     else:
         assert kernels.path(CUDA, dtype) == expected
+
+
+@needs_triton
+def test_without_a_c_compiler_the_path_is_plain(monkeypatch):
+    monkeypatch.delenv("MEISSONIC_KERNELS", raising=False)
+    monkeypatch.setattr(kernels, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(kernels, "interpreted", lambda: False)
+
+    class Driver:
+        @property
+        def active(self):
+            raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable.")
+
+    monkeypatch.setattr(triton.runtime, "driver", Driver())
+    no_launcher.cache_clear()
+    assert kernels.path(CUDA, torch.float16) == "plain (Triton wants a C compiler and Python's headers (Failed to find C compiler.))"
+    no_launcher.cache_clear()
 
 
 def test_forcing(monkeypatch):

@@ -17,6 +17,9 @@ import train
 import vq
 
 
+LOOK = train.look
+
+
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     shrink(monkeypatch)
@@ -52,6 +55,7 @@ def test_presets_follow_the_paper():
     assert [paper[s]["batch"] for s in "123"] == [2048, 512, 256] and [paper[s]["steps"] for s in "123"] == [100_000, 100_000, 42_000]
     assert [paper[s]["compress"] for s in "1234"] == [False, False, True, True]
     assert [paper[s]["text"] > 0 for s in "1234"] == [False, False, False, True]
+    assert [paper[s]["floor"] for s in "1234"] == [1] * 4                                    # "a fixed learning rate"
     for preset in train.PRESETS.values():
         assert list(preset) == [s for s in train.STAGES if s in preset]
 
@@ -241,6 +245,46 @@ def test_tokens_are_made_again_for_another_model_alone(base, tmp_path):
     assert path.stat().st_mtime_ns != first and [p.name for p in path.parent.iterdir()] == [path.name]
 
 
+def test_a_mended_caption_or_picture_is_encoded_again(base, tmp_path, monkeypatch):
+    """And the files of the others are kept."""
+    monkeypatch.setattr(train.encode, "__defaults__", (4,))
+    folder = photos(tmp_path / "photos")
+    arguments = "--stage", "1", "--encode", "--data", folder
+    files = sorted((train_on(base, tmp_path / "run", *arguments) / "tokens" / "1").iterdir())
+    stamps = lambda: [p.stat().st_mtime_ns for p in files]
+    before = stamps()
+    (folder / "005.txt").write_text("a star")
+    train.data._size_and_time.cache_clear()                                                  # as another process would see it
+    command("--out", tmp_path / "run", *arguments)
+    assert [a == b for a, b in zip(before, stamps())] == [True, False, True]
+    Image.new("RGB", (40, 40), "red").save(folder / "009.png")
+    train.data._size_and_time.cache_clear()
+    command("--out", tmp_path / "run", *arguments)
+    assert [a == b for a, b in zip(before, stamps())] == [True, False, False]
+
+
+def test_encoding_trains_nothing_that_is_there(base, tmp_path):
+    out = train_on(base, tmp_path / "run", "--encode")
+    for name in ("vqvae/diffusion_pytorch_model.safetensors", "tokenizer/vocab.json", "vq-0000008.checkpoint.safetensors"):
+        assert (out / name).read_bytes() == (base / name).read_bytes()
+    assert {p.name for p in (out / "tokens").iterdir()} == {"1", "3", "4"} and not (out / "transformer").exists()
+
+
+def test_a_sheet_of_ones_own_captions(base, tmp_path, monkeypatch):
+    """With a LoRA too; pictures of one's own have no scores."""
+    folder, drawn = photos(tmp_path / "photos"), []
+    out = train_on(base, tmp_path / "run", "--stage", "1", "--steps", "2", "--data", folder)
+    call = sample.Pipeline.__call__
+    monkeypatch.setattr(sample.Pipeline, "__call__", lambda self, texts, seeds: (drawn.append((self.lora, *texts)), call(self, texts, seeds))[1])
+    LOOK(train.Run(out, data=folder), "1", 2)
+    assert [text for _, text in drawn] == [(folder / f"{i:03d}.txt").read_text() for i in range(12)]
+    command("--out", out, "--stage", "4", "--steps", "2", "--lora", "2", "--data", folder)
+    LOOK(train.Run(out, data=folder, lora=2), "4", 2)
+    assert drawn[-1][0] == out / "lora.safetensors"
+    assert Image.open(out / "sheet.png").size == (5 * SIZE, 4 * SIZE)
+    assert not any(e.get("event") == "scores" for e in train.entries(out / "log.jsonl"))
+
+
 def test_each_example_comes_once_in_a_pass():
     for batch, number in ((8, 30), (7, 20), (16, 10)):
         seen = np.concatenate([train.examples([0, 0], i, batch, number) for i in range(4 * number)])
@@ -348,6 +392,15 @@ def test_training_a_lora(base, tmp_path):
     terms = load_file(out / "lora.safetensors")
     assert sum(v.numel() for v in terms.values()) < 0.5 * sum(v.numel() for v in before.values())
     assert all(v.abs().sum() > 0 for k, v in terms.items() if "lora_B" in k)
+    plain, tuned = sample.Pipeline(out), sample.Pipeline(out, lora=out / "lora.safetensors")
+    assert tuned(["a star"], [0])[0].size == (SIZE, SIZE)
+    assert not torch.equal(*(p.transformer.single_transformer_blocks[0].proj_out.weight for p in (plain, tuned)))
+
+
+def test_a_lora_wants_a_model(base, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        train_on(base, tmp_path / "run", "--stage", "1", "--steps", "2", "--lora", "2")
+    assert caught.value.code == 2 and "--init" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -448,6 +501,20 @@ def test_sharded_and_accumulated_equal_plain(base, tmp_path):
     train.checkpoints(tmp_path / "sharded", "1")[-1].unlink()                    # back to step 4
     _, again = train_with("sharded")
     assert all(torch.equal(again[k], v) for k, v in weights["sharded"].items())
+
+
+def test_the_vq_stage_in_two_processes_equals_one(base, tmp_path):
+    """Before the discriminator, whose weight is each process's own; with --shard too, which leaves this model whole."""
+    script, two = tmp_path / "exact.py", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+    script.write_text(EXACT.format(root=str(ROOT), tests=str(ROOT / "tests")))
+    found = {}
+    for name, call in (("one", [script]), ("two", [*two, script, "--shard"])):
+        shutil.copytree(base / "tokenizer", tmp_path / name / "tokenizer")
+        process = start([*call, "--out", tmp_path / name, "--stage", "vq", "--steps", 15])
+        _, err = process.communicate()
+        assert process.returncode == 0, err
+        found[name] = losses(tmp_path / name, "vq")
+    assert len(found["one"]) == 15 and found["two"] == pytest.approx(found["one"], abs=2e-5), found
 
 
 def test_compiled_blocks_train_alike(base, tmp_path, monkeypatch):

@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from common import ROOT, tiny_transformer
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 import clip
@@ -48,6 +49,7 @@ def test_learning_rate():
     assert 0.95 * 0.5 < max(rate) <= 0.5 and rate.index(max(rate)) == 99
     assert all(a > b for a, b in zip(rate[99:], rate[100:])) and np.isclose(rate[-1], 0.02 * 0.5, rtol=0.01)
     assert np.isclose(rate[500], 0.51 * 0.5, rtol=0.01)
+    assert [train.learning_rate(i, 1000, 0.5, floor=1) for i in (100, 500, 999)] == [0.5] * 3
 
 
 def test_k_means_finds_clusters():
@@ -550,6 +552,120 @@ def test_resuming_a_finished_run_changes_nothing(run, tmp_path, monkeypatch):
     same_files(run, out, *RESULTS, "tokens/1/000000.safetensors")
 
 
+def interrupted(monkeypatch, step, *arguments):
+    """A run that SIGTERM ends after a step, and that then goes on."""
+    rate = train.learning_rate
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "learning_rate", lambda n, *a: (signal.raise_signal(signal.SIGTERM) if n == step - 1 else None, rate(n, *a))[1])
+        with pytest.raises(SystemExit):
+            command(*arguments)
+    command(*arguments, "--resume")
+
+
+def test_codes_are_revived_alike_after_an_interruption(run, tmp_path, monkeypatch):
+    """The count of the codes in use since the last revival outlives a stop between two revivals."""
+    shrink(monkeypatch)
+    monkeypatch.setitem(train.PRESETS["shapes"], "vq", train.PRESETS["shapes"]["vq"] | dict(steps=130, adversary=130))
+    moved, revive = [], train.revive
+    monkeypatch.setattr(train, "revive", lambda book, used, *rest: (moved.append(int((used == 0).sum())), revive(book, used, *rest)))
+    for name in ("whole", "stopped"):
+        shutil.copytree(run / "tokenizer", tmp_path / name / "tokenizer")
+        arguments = "--out", tmp_path / name, "--stage", "vq"
+        command(*arguments) if name == "whole" else interrupted(monkeypatch, 63, *arguments)
+    assert len(moved) == 4 and moved[1] > 0 and moved[:2] == moved[2:], moved
+    same_files(tmp_path / "whole", tmp_path / "stopped", RESULTS[0], "vq-0000130.checkpoint.safetensors")
+
+
+def test_a_frozen_text_encoder_leaves_the_loss_alone(run, tmp_path, monkeypatch):
+    """What is logged is the masked tokens' loss, before and after an interruption the same."""
+    shrink(monkeypatch)
+    monkeypatch.setattr(train, "look", lambda *a: None)
+    monkeypatch.setattr(train.Log.__init__, "__defaults__", (1,))
+    monkeypatch.setitem(train.PRESETS["shapes"]["1"], "text", 0.0)
+    for name in ("whole", "stopped"):
+        shutil.copytree(run, tmp_path / name, ignore=shutil.ignore_patterns("*.checkpoint.safetensors", "log.jsonl"))
+        arguments = "--out", tmp_path / name, "--stage", "1", "--steps", 12
+        command(*arguments) if name == "whole" else interrupted(monkeypatch, 5, *arguments)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "stopped")
+    for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines():
+        assert json.loads(line)["loss"] == pytest.approx(json.loads(line)["masked_loss"], abs=1e-4)
+
+
+def test_a_stage_is_over_when_its_model_is_written(run, tmp_path, monkeypatch):
+    """Stopped at the last save, while the model is written: the stage goes on, and ends as uninterrupted."""
+    shrink(monkeypatch)
+    shutil.copytree(run / "tokenizer", tmp_path / "tokenizer")
+    write, saves = vq.VQModel.save_pretrained, []
+
+    def full(self, *a):
+        saves.append(a)
+        if len(saves) == 4:
+            raise OSError(28, "No space left on device")
+        write(self, *a)
+
+    monkeypatch.setattr(vq.VQModel, "save_pretrained", full)
+    with pytest.raises(SystemExit):
+        command("--out", tmp_path, "--seed", 3, "--stage", "vq")
+    command("--out", tmp_path, "--seed", 3, "--stage", "vq", "--resume")
+    same_files(run, tmp_path, RESULTS[0], RESULTS[3])
+
+
+def test_a_full_disk_is_one_line_in_safetensors_words_too(run, tmp_path, monkeypatch, capsys):
+    shrink(monkeypatch)
+    shutil.copytree(run / "tokenizer", tmp_path / "tokenizer")
+
+    def full(*a, **k):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(vq, "save_file", full)
+    with pytest.raises(SystemExit) as caught:
+        command("--out", tmp_path, "--stage", "vq")
+    error = capsys.readouterr().err.strip().splitlines()
+    assert caught.value.code == 2 and "No space left" in error[-1] and not any("Traceback" in line for line in error)
+
+
+def test_a_line_that_was_cut_off_is_no_entry(run, tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_bytes((run / "log.jsonl").read_bytes()[:-20])
+    assert len(list(train.entries(log))) == len((run / "log.jsonl").read_text().splitlines()) - 1
+    train.draw_losses(log, tmp_path / "loss.png")
+
+
+def test_a_second_run_in_a_folder_is_refused(run, tmp_path, monkeypatch, capsys):
+    shrink(monkeypatch)
+    out = shutil.copytree(run, tmp_path / "run")
+    with pytest.raises(SystemExit) as caught:
+        command("--out", out)
+    assert caught.value.code == 2 and "--resume" in capsys.readouterr().err
+    same_files(run, out, *RESULTS)
+
+
+def test_a_stage_done_again_ends_those_after_it(run, tmp_path, monkeypatch):
+    """Their checkpoints would else count as theirs who follow."""
+    shrink(monkeypatch)
+    monkeypatch.setattr(train, "look", lambda *a: None)
+    out = shutil.copytree(run, tmp_path / "run")
+    command("--out", out, "--stage", "3", "--steps", 2)
+    assert [bool(train.checkpoints(out, stage)) for stage in ("vq", "1", "3", "4")] == [True, True, True, False]
+
+
+def test_a_folder_may_be_its_own_beginning(run, tmp_path, monkeypatch):
+    shrink(monkeypatch)
+    monkeypatch.setattr(train, "look", lambda *a: None)
+    out = shutil.copytree(run, tmp_path / "run")
+    command("--out", out, "--init", out, "--stage", "4", "--steps", 1, "--lr", 1e-9)
+    same_files(run, out, *RESULTS[:3])
+
+
+def test_the_summary(run, capsys):
+    """A line for each stage: its last step, loss, speed and scores."""
+    train.summary(SimpleNamespace(out=run))
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split()[:4] == ["stage", "steps", "loss", "samples/s"] and head.split()[-1] == "overall"
+    assert [line.split()[:2] for line in lines] == [["vq", "30"], ["1", "30"], ["3", "4"], ["4", "2"]]
+    assert float(lines[1].split()[2]) == pytest.approx(losses(run)["1", 30], abs=1e-4)
+
+
 def test_a_broken_checkpoint_is_named(tmp_path, monkeypatch, capsys):
     shrink(monkeypatch)
     (tmp_path / "vq-0000010.checkpoint.safetensors").write_bytes(b"half")
@@ -603,7 +719,8 @@ def test_each_process_reads_its_own_part(monkeypatch):
 @pytest.mark.parametrize("arguments", (["--steps", "0", "--stage", "vq"], ["--steps", "5"], ["--stage", "nothing"],
                                        ["--steps", "5", "--stage", "tokenizer"], ["--speed", "1"], ["--device", "nothing"],
                                        ["--data", "/nowhere"], ["--preset", "cpu", "--stage", "4"], ["--shard"],
-                                       ["--init", "/nowhere"], ["--without", "everything"], ["--lora", "0"]))
+                                       ["--init", "/nowhere"], ["--without", "everything"], ["--lora", "0"], ["--seed", "-1"],
+                                       ["--lr", "0"], ["--lr", "-1"], ["--lora", "2"], ["--stage", "vq", "--steps", "5"]))
 def test_bad_arguments(arguments, tmp_path, monkeypatch, capsys):
     shrink(monkeypatch)
     with pytest.raises(SystemExit) as caught:
