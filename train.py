@@ -32,6 +32,7 @@ import statistics
 import sys
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -51,6 +52,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -95,6 +97,7 @@ PRESETS = {
 }
 STAGES = ("tokenizer", "text", "vq", "1", "2", "3", "4")
 KEEP = 2                                                     # checkpoints of a stage
+MANY = 2000                                                  # pictures to encode for which other processes are started
 
 SMALL = dict(
     vq=dict(block_out_channels=(16, 32, 64), layers_per_block=1, latent_channels=8, vq_embed_dim=8, num_vq_embeddings=512,
@@ -577,11 +580,24 @@ def token_folder(run, stage):
     return run.out / "tokens" / stage
 
 
+class Attempts:
+    """The examples of a source, each (example, None), or (None, why it cannot be read): what processes hand over."""
+    def __init__(self, source):
+        self.source = source
+
+    def __getitem__(self, i):
+        try:
+            return self.source[i], None
+        except data.PictureError as e:
+            return None, str(e)
+
+
 def encode(run, stage, chunk=1000):
     """Write each picture of a stage's source as tokens, once, `chunk` to a file: tokens (M, h, w) int16, text (M, L)
     int32, micro (M, 5) float32. Files of the same pictures, VQ model and tokenizer are kept (of a disk's pictures and
-    captions: of the same names, sizes and times), so that nothing is encoded twice and an interrupted run loses one chunk at most; each process writes every world-th file. A picture
-    that cannot be read is skipped, counted and named in its file."""
+    captions: of the same names, sizes and times), so that nothing is encoded twice and an interrupted run loses one chunk
+    at most; each process writes every world-th file. A picture that cannot be read is skipped, counted and named in its
+    file. Pictures are drawn or read by other processes, one for each core, where there are many."""
     source, folder = source_of(run, stage), token_folder(run, stage)
     tokenizer = clip.Tokenizer.from_pretrained(run.out / "tokenizer")
     model = vq.VQModel.from_pretrained(run.out / "vqvae", device=run.device)
@@ -595,25 +611,27 @@ def encode(run, stage, chunk=1000):
     for old in folder.glob("*.safetensors"):
         if run.first and int(old.stem) >= count:                             # of a source that was larger
             old.unlink()
-    for k in tqdm(range(run.rank, count, run.world), f"encode {stage}", disable=not run.first):
-        path, skipped, read, chosen = folder / f"{k:06d}.safetensors", [], [], range(k * chunk, min((k + 1) * chunk, len(source)))
-        about["state"] = f"{zlib.crc32(repr([source.state(i) for i in chosen]).encode()):08x}"
-        if path.is_file() and about.items() <= metadata(path).items():
-            continue
-        for i in chosen:
-            try:
-                read.append(source[i])
-            except data.PictureError as e:
-                skipped.append(str(e))
-        if read:
-            pictures, captions, micro = zip(*read)
-            with torch.no_grad():
-                tokens = [model.encode(pixels(np.stack(pictures[i:i + most])).to(run.device)).short().cpu()
-                          for i in range(0, len(pictures), most)]
-            flat = dict(tokens=torch.cat(tokens), text=tokenizer(captions, tell=False).int(), micro=torch.from_numpy(np.stack(micro)))
-        else:
-            flat = dict(tokens=torch.zeros(0, 1, 1, dtype=torch.int16))
-        vq.write_whole(path, lambda p: save_file(flat, p, metadata=about | {"skipped": json.dumps(skipped)}))
+    missing = []
+    for k in range(run.rank, count, run.world):
+        path, chosen = folder / f"{k:06d}.safetensors", range(k * chunk, min((k + 1) * chunk, len(source)))
+        mine = about | {"state": f"{zlib.crc32(repr([source.state(i) for i in chosen]).encode()):08x}"}
+        if not (path.is_file() and mine.items() <= metadata(path).items()):
+            missing.append((path, mine, [chosen[i:i + most] for i in range(0, len(chosen), most)]))
+    readers = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if len(missing) * chunk >= MANY else 0
+    batches = iter(DataLoader(Attempts(source), batch_sampler=[batch for *_, batches in missing for batch in batches],
+                              collate_fn=list, num_workers=min(readers, 16)))
+    for path, mine, indices in tqdm(missing, f"encode {stage}", disable=not run.first):
+        made, skipped = [], []
+        for _ in indices:
+            examples, troubles = zip(*next(batches))
+            skipped += filter(None, troubles)
+            if examples := list(filter(None, examples)):
+                pictures, captions, micro = zip(*examples)
+                with torch.no_grad():
+                    tokens = model.encode(pixels(np.stack(pictures)).to(run.device)).short().cpu()
+                made.append(dict(tokens=tokens, text=tokenizer(captions, tell=False).int(), micro=torch.from_numpy(np.stack(micro))))
+        flat = {k: torch.cat([part[k] for part in made]) for k in made[0]} if made else dict(tokens=torch.zeros(0, 1, 1, dtype=torch.int16))
+        vq.write_whole(path, lambda p: save_file(flat, p, metadata=mine | {"skipped": json.dumps(skipped)}))
     run.wait()
     skipped = source.skipped + [name for path in sorted(folder.glob("*.safetensors")) for name in json.loads(metadata(path)["skipped"])]
     if skipped and run.first:
@@ -761,7 +779,8 @@ def train_vq(run):
     book = student.vq.quantize.embedding.weight
     source = source_of(run, "vq")
     kept = lru_cache(2 ** 31 // (3 * preset["size"] ** 2))(lambda i: readable(source, 1, i)[0][0])         # 2 GB of pictures
-    images_of = lambda index: pixels(np.stack([kept(int(i)) for i in index])).to(run.device)               # (B, 3, H, W)
+    readers = ThreadPoolExecutor()                                           # decoding lets other threads run
+    images_of = lambda index: pixels(np.stack(list(readers.map(kept, map(int, index))))).to(run.device)    # (B, 3, H, W)
     if patches := preset.get("patches"):
         images = images_of(range(min(len(source), 1000)))
         wire(student.vq, images)
@@ -1327,7 +1346,8 @@ def main(argv=None):
                   f"products: {str(run.dtype)[6:]} | kernels: {sample.kernel_path(run.device, run.dtype)} | seed: {args.seed}")
         if args.benchmark:
             return benchmark(run)
-        if run.first and not (args.stage or args.resume or args.encode) and (run.out / "tokenizer").is_dir() and init != run.out:
+        if run.first and not (args.stage or args.resume or args.encode) and (run.out / "tokenizer").is_dir() \
+                and not (init and init.samefile(run.out)):
             raise sample.UserError(f"--out {run.out} holds a model: --resume goes on with its training, another folder is a new one's")
         adopt(run)
         for stage in [args.stage] if args.stage else ("tokenizer", *run.stages):

@@ -230,6 +230,20 @@ def test_an_interrupted_encode_loses_nothing(base, tmp_path, monkeypatch):
         assert all(torch.equal(a[k], b[k]) for k in ("tokens", "text", "micro"))
 
 
+def test_readers_of_their_own_give_the_same(base, tmp_path, monkeypatch):
+    """Pictures that other processes read: the same files, and the same are skipped."""
+    monkeypatch.setattr(train.encode, "__defaults__", (5,))
+    folder, made = photos(tmp_path / "photos", broken=(3, 7)), []
+    for name, many in (("alone", 1000), ("readers", 1)):
+        monkeypatch.setattr(train, "MANY", many)
+        out = train_on(base, tmp_path / name, "--stage", "1", "--encode", "--data", folder)
+        made.append([load_file(path) for path in sorted((out / "tokens" / "1").iterdir())])
+        assert len((out / "skipped.txt").read_text().splitlines()) == 2
+    assert [len(file["text"]) for file in made[0]] == [4, 4, 2]
+    for alone, read in zip(*made):
+        assert all(torch.equal(alone[k], read[k]) for k in alone)
+
+
 def test_tokens_are_made_again_for_another_model_alone(base, tmp_path):
     """Encoding, then training without --resume: the same files. With other VQ weights or fewer pictures: new ones."""
     out = train_on(base, tmp_path / "run", "--stage", "1", "--encode")
