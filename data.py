@@ -744,7 +744,7 @@ def read(picture):
         votes[ground] = 0                                     # blended edge pixels may look like the ground
         colour = int(votes.argmax())
         full = np.sqrt(((palette[colour] - palette[ground]) ** 2).sum())
-        cover = np.clip(distance / full, 0, 1) * part         # share of each pixel that the object covers
+        cover = np.clip(distance / max(full, 1), 0, 1) * part      # share of each pixel that the object covers
         inside = cover > 0.4                                  # the box leaves out the faint halo of decoded pictures
         if not inside.any():
             continue

@@ -1346,6 +1346,8 @@ def main(argv=None):
                   f"products: {str(run.dtype)[6:]} | kernels: {sample.kernel_path(run.device, run.dtype)} | seed: {args.seed}")
         if args.benchmark:
             return benchmark(run)
+        if run.first and run.device.type == "cpu" and args.preset == "shapes" and not args.stage:
+            print("note: this preset is for a GPU; --preset cpu is made for two CPU cores", file=sys.stderr)
         if run.first and not (args.stage or args.resume or args.encode) and (run.out / "tokenizer").is_dir() \
                 and not (init and init.samefile(run.out)):
             raise sample.UserError(f"--out {run.out} holds a model: --resume goes on with its training, another folder is a new one's")
