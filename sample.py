@@ -756,7 +756,7 @@ def parse_arguments(argv):
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16", *ROUNDED),
                    help="of the weights; int8 and fp8 round those of the transformer's blocks (default: on CUDA bfloat16 from "
                         "compute capability 8.0, else float16; on a CPU bfloat16 for a large model if the chip multiplies it, else float32)")
-    p.add_argument("--batch", type=positive, help="pictures made at a time (default: as many as 4096 tokens hold)")
+    p.add_argument("--batch", type=positive, help="pictures made at a time (default: as many as 4096 tokens hold, at most 16)")
     p.add_argument("--out", type=Path, default=Path("out"), metavar="PATH",
                    help="a .png file for one picture, else a folder (default: out)")
     p.add_argument("--schedule", choices=("cosine", "linear"), default="cosine",

@@ -223,9 +223,10 @@ def blocks_of(student):
 
 
 def compile_blocks(run, student):
-    torch._dynamo.config.optimize_ddp = False                    # else blocks are cut into 25 MB for data parallelism
-    for block in blocks_of(student) if run.compile else ():
-        block.compile()
+    if run.compile:
+        torch._dynamo.config.optimize_ddp = False                # else blocks are cut into 25 MB for data parallelism
+        for block in blocks_of(student):
+            block.compile()
 
 
 def learning_rate(step, steps, peak, floor=0.02, warmup=100):
@@ -623,10 +624,10 @@ def encode(run, stage, chunk=1000):
     for path, mine, indices in tqdm(missing, f"encode {stage}", disable=not run.first):
         made, skipped = [], []
         for _ in indices:
-            examples, troubles = zip(*next(batches))
+            read, troubles = zip(*next(batches))
             skipped += filter(None, troubles)
-            if examples := list(filter(None, examples)):
-                pictures, captions, micro = zip(*examples)
+            if any(read):
+                pictures, captions, micro = zip(*filter(None, read))
                 with torch.no_grad():
                     tokens = model.encode(pixels(np.stack(pictures)).to(run.device)).short().cpu()
                 made.append(dict(tokens=tokens, text=tokenizer(captions, tell=False).int(), micro=torch.from_numpy(np.stack(micro))))

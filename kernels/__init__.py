@@ -33,7 +33,7 @@ def obstacle(device, dtype):
         return f"compute capability {major}.{minor} is below 7.5"
     if dtype == torch.bfloat16 and major < 8:
         return f"bfloat16 needs compute capability 8.0, not {major}.{minor}"
-    return no_launcher()
+    return None if torch.compiler.is_compiling() else no_launcher()     # a compiled step wants a launcher anyway
 
 
 def choose(device, dtype):

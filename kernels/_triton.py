@@ -30,7 +30,6 @@ def capability(device):
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
-@torch.compiler.assume_constant_result
 @lru_cache(maxsize=1)
 def no_launcher():
     """Why kernels cannot be launched on this machine's GPU, or None: Triton compiles a piece of C for that, once."""
