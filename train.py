@@ -250,8 +250,8 @@ def fit(run, stage, student, groups_of, losses, batch, steps, lr, finish, look=N
     groups_of()               the optimizer's groups, from decay_groups; asked for after the student is sharded
     losses(model, step, attempt)  yields (loss, {name: number to log}) for each gradient accumulation; `model` is student,
                               behind data parallelism; their sum over accumulations, averaged over processes, is the loss
-    finish(average, step)     called at each save in the first process with {name: tensor}, averaged where it is trained:
-                              writes the model
+    finish(average)           called at each save but that of step 0 in the first process with {name: tensor}, averaged
+                              where it is trained: writes the model
     look(step)                called, if there is one, every run.look_every steps and at the end, when all is saved
     A step with a non-finite loss or gradient is dropped; after `patience` in a row the last checkpoint is loaded
     and training goes on with other data (the paper, section 2.2, after LLaMA). SIGTERM and Ctrl-C save first.
@@ -276,13 +276,11 @@ def fit(run, stage, student, groups_of, losses, batch, steps, lr, finish, look=N
         for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"]):
             flat |= {f"optimizer.{i}.{k}": mine(v) for k, v in optimizer.state[p].items()}
         if run.first:
-            if step:                                                       # first, as a stage whose last checkpoint stands is over
-                finish(mean, step)
+            if step:                                                       # first: where the last checkpoint stands, a stage is over
+                finish(mean)
             save_checkpoint(run.out / f"{stage}-{step:07d}.checkpoint.safetensors", flat, step, attempt)
             for old in checkpoints(run.out, stage)[:-KEEP]:
                 old.unlink()
-            if not step:
-                finish(mean, step)
             if look and step and (step % run.look_every == 0 or step == steps):
                 look(step)
         run.wait()
@@ -813,7 +811,7 @@ def train_vq(run):
                     student.share.masked_fill_(student.used == 0, 1 / len(book))
                 student.used.zero_()
 
-    def finish(average, step):
+    def finish(average):
         model = vq.VQModel(student.vq.config)
         model.load_state_dict(strip(average, "vq."))
         model.save_pretrained(run.out / "vqvae", torch.float16)
@@ -1029,7 +1027,7 @@ def train_text(run):
                 loss = model(ids.to(run.device), told.to(run.device))
             yield loss / run.accumulate, {}
 
-    def finish(average, step):
+    def finish(average):
         save_part(run.out / "text_encoder", student.encoder, strip(average, "encoder."))
 
     fit(run, "text", student, lambda: decay_groups(student), losses, batch, steps, preset["lr"], finish)
@@ -1138,7 +1136,7 @@ def train_stage(run, stage, dropout=0.1):
             loss = loss * (run.world / int(mask.sum()))              # data parallelism averages gradients
             yield loss + 0.3 / run.accumulate * probe, dict(masked_loss=loss.detach() * run.accumulate, rate=float(rates.mean()))
 
-    def finish(average, step):
+    def finish(average):
         if run.lora:
             meissonic.save_lora(run.out / "lora.safetensors", student.transformer, strip(average, "transformer."))
         else:
