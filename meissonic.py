@@ -119,6 +119,14 @@ class Linear8(nn.Module):
         return kernels.linear8(x, self.weight, self.scale, self.bias)
 
 
+def gelu(x):
+    """The tanh-approximate GELU. Compiled, as x sigmoid(2 u), which is the same as x (1 + tanh(u)) / 2: forward and backward
+    on a CPU in 0.45 of the time."""
+    if torch.compiler.is_compiling():
+        return x * torch.sigmoid(2 * (2 / math.pi) ** 0.5 * (x + 0.044715 * x ** 3))
+    return F.gelu(x, approximate="tanh")
+
+
 class FeedForward(nn.Module):
     """linear to 4C, tanh-GELU, linear; `net` has the published places (0.proj, 1 a dropout, 2)."""
     def __init__(self, c):
@@ -128,7 +136,7 @@ class FeedForward(nn.Module):
         self.net = nn.ModuleList([first, nn.Identity(), nn.Linear(4 * c, c)])
 
     def forward(self, x):
-        return self.net[2](F.gelu(self.net[0].proj(x), approximate="tanh"))
+        return self.net[2](gelu(self.net[0].proj(x)))
 
 
 def sin256(x):
@@ -235,7 +243,7 @@ class SingleBlock(nn.Module):
         qkv = qkv.unflatten(-1, (3, self.heads, -1))                                               # (B, S, 3, H, D)
         norms = self.attn.norm_q.weight, self.attn.norm_k.weight
         y = kernels.attention(qkv[:, :length], qkv[:, length:], norms, norms, *rope)               # (B, S, C)
-        return gated(s, gate, self.proj_out(torch.cat((y, F.gelu(mlp, approximate="tanh")), -1)))
+        return gated(s, gate, self.proj_out(torch.cat((y, gelu(mlp)), -1)))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -626,26 +634,42 @@ def sample(model, text, negative, tokens, seeds, steps, guidance=9.0, temperatur
 
 
 @torch.no_grad()
-def likelihoods(model, tokens, texts, rates, convention="step"):
-    """How likely the tokens of a picture are under each of some captions: the mean of log p(token | visible, text), in
-    nats, over a random masking of each rate. Where most is masked the caption speaks, where less is the neighbours do.
-    tokens (B, h, w) int64, all known; texts, Texts of B rows each -> (len(texts), B, h, w) float32, 0 where never masked"""
+def maskings(model, tokens, text, rates, convention="step"):
+    """What the model makes of pictures of which a part is hidden at random: one masking of each rate, the same for all
+    pictures, for all texts and in every call. tokens (B, h, w) int64, all known; text, a Text of B rows
+    -> (positions (B, M) that are masked, log p of the codes there (B, M, V) float32), one after the other"""
     flat, generator = tokens.flatten(1), torch.Generator().manual_seed(0)                          # (B, h w)
-    totals, seen = torch.zeros(len(texts), *flat.shape, device=flat.device), torch.zeros(flat.shape, device=flat.device)
     weight = model.mlm_layer.conv2.weight.flatten(1)                                               # (V, C)
     numbers = [max(1, round(rate * flat.shape[1])) for rate in rates]
     steps = [min(round(48 * 2 / math.pi * math.acos(rate)), 47) for rate in rates]                 # of 48, those that meet these rates
-    times = [timestep(convention, *each, flat.shape[1]) for each in zip(steps, [48] * len(steps), numbers)]
-    looks = [fast_path(model, text, None, times, 1) for text in texts]
+    look = fast_path(model, text, None, [timestep(convention, *each, flat.shape[1]) for each in zip(steps, [48] * len(steps), numbers)], 1)
     for i, number in enumerate(numbers):
         positions = torch.randperm(flat.shape[1], generator=generator)[:number].to(flat.device).expand(len(flat), -1)
         hidden = flat.scatter(1, positions, model.config.mask_token).view(tokens.shape)
-        known = flat.gather(1, positions)[..., None]
-        for look, total in zip(looks, totals):
-            logits = F.linear(look(i, hidden, positions), weight).float()                          # (B, M, V)
-            total.scatter_add_(1, positions, logits.log_softmax(-1).gather(-1, known)[..., 0])
-        seen.scatter_add_(1, positions, torch.ones_like(seen[:, :number]))
-    return (totals / seen.clamp(min=1)).view(len(texts), *tokens.shape)
+        yield positions, F.linear(look(i, hidden, positions), weight).float().log_softmax(-1)
+
+
+def likelihoods(model, tokens, texts, rates, convention="step"):
+    """How likely the tokens of a picture are under each of some captions: the mean of log p(token | visible, text), in
+    nats, over `maskings`. Where most is masked the caption speaks, where less is the neighbours do.
+    tokens (B, h, w) int64, all known; texts, Texts of B rows each -> (len(texts), B, h, w) float32, 0 where never masked"""
+    flat, means = tokens.flatten(1), []                                                            # (B, h w)
+    for text in texts:
+        total = torch.zeros(flat.shape, device=flat.device)
+        seen = total.clone()
+        for positions, logp in maskings(model, tokens, text, rates, convention):
+            known = flat.gather(1, positions)[..., None]
+            total.scatter_add_(1, positions, logp.gather(-1, known)[..., 0])
+            seen.scatter_add_(1, positions, torch.ones_like(seen[:, :positions.shape[1]]))
+        means.append(total / seen.clamp(min=1))
+    return torch.stack(means).view(-1, *tokens.shape)
+
+
+def doubt(model, tokens, text, rates, convention="step"):
+    """How much of a picture its visible part leaves open: the mean entropy, in nats, of the model's guesses at the masked
+    tokens, over `maskings`. A broken outline can be mended in more ways than a sound one goes on in.
+    tokens (B, h, w) int64, all known; text, a Text of B rows -> (B,) float32"""
+    return torch.stack([-(logp.exp() * logp).sum(-1).mean(1) for _, logp in maskings(model, tokens, text, rates, convention)]).mean(0)
 
 
 def opinion_change(model, tokens, old, new, convention="step"):

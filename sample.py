@@ -40,6 +40,8 @@ ROUNDED = dict(int8=torch.int8, fp8=torch.float8_e4m3fn)
 PARTS = ("transformer", "vqvae", "text_encoder")
 MOST_TOKENS = 4096                                # of a batch, and of an edit unless --size says otherwise
 JUDGED = (0.95, 0.9, 0.85, 0.8, 0.75) * 2         # shares masked where candidates are compared: all masked says nothing
+DOUBTED = (0.5,) * 4                              # the same where it is asked what they leave open,
+WEIGHT = 3                                        # and what that counts
 TURN = 32                                         # pictures that are painted before they are decoded and written
 
 
@@ -270,7 +272,7 @@ class Pipeline:
     def draw(self, prompts, seeds, negative="", size=None, score=None, tokens=None, candidates=None, watch=None, **settings):
         """One batch: prompts (list of str) and seeds (list of int), one for each picture; size (width, height) in pixels
         and score, None the checkpoint's; `tokens` (B, h, w) to start from, masked where to draw (None: everywhere); how
-        many `candidates` are drawn for each picture, of which the likeliest is taken; `watch`, which sees that one, and the
+        many `candidates` are drawn for each picture, of which the one that fits best is taken; `watch`, which sees that one, and the
         other settings of `paint` -> tokens (B, h, w)."""
         width, height = size or self.size
         self.check_size(width, height)
@@ -292,10 +294,12 @@ class Pipeline:
         return drawn[best]
 
     def fit_of(self, tokens, text, against, cfg=None):
-        """How well each picture of a batch fits its prompt: its tokens' mean log-likelihood, guided as its drawing is
-        -> (B,) float32."""
+        """How well each picture of a batch fits its prompt -> (B,) float32: its tokens' mean log-likelihood, guided as its
+        drawing is, which tells whether it shows what the prompt says, less WEIGHT times the model's doubt of them, which
+        tells whether it is well made."""
         likely = meissonic.likelihoods(self.transformer, tokens, (text, against), JUDGED, self.convention).mean((2, 3))
-        return meissonic.guide(*likely, self.cfg if cfg is None else cfg)
+        doubt = meissonic.doubt(self.transformer, tokens, text, DOUBTED, self.convention)
+        return meissonic.guide(*likely, self.cfg if cfg is None else cfg) - WEIGHT * doubt
 
     def __call__(self, *arguments, **settings):
         """`draw`, decoded -> list of RGB Images."""
@@ -746,8 +750,8 @@ def parse_arguments(argv):
                    help="of the noise that chooses what to mask again, first to last step (default: the model's; 2 0 for meissonic, 4 0 for shapes)")
     p.add_argument("--redraws", type=times, metavar="N", help="times that a quarter of the finished picture's tokens, at random, is drawn "
                    "again (default: the model's; 0 for meissonic, 4 for shapes)")
-    p.add_argument("--candidates", type=positive, metavar="N", help="pictures drawn for each that is kept, the one whose tokens the "
-                   "model finds likeliest for the prompt (default: the model's; 1 for meissonic, 2 for shapes)")
+    p.add_argument("--candidates", type=positive, metavar="N", help="pictures drawn for each that is kept, the one that the model "
+                   "finds to fit the prompt best (default: the model's; 1 for meissonic, 8 for shapes)")
     p.add_argument("--score-condition", type=finite, help="how good a picture to ask for (default: 6)")
     p.add_argument("--model", default="auto", help="shapes, meissonic, monetico, a hub id or a folder (default: auto: "
                    "meissonic where there is a CUDA GPU and the weights can be had, else shapes)")
@@ -755,7 +759,7 @@ def parse_arguments(argv):
     p.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one, else cpu)")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16", *ROUNDED),
                    help="of the weights; int8 and fp8 round those of the transformer's blocks (default: on CUDA bfloat16 from "
-                        "compute capability 8.0, else float16; on a CPU bfloat16 for a large model if the chip multiplies it, else float32)")
+                        "compute capability 8.0, else float16; on a CPU bfloat16 if the chip multiplies it, else float32)")
     p.add_argument("--batch", type=positive, help="pictures made at a time (default: as many as 4096 tokens hold, at most 16)")
     p.add_argument("--out", type=Path, default=Path("out"), metavar="PATH",
                    help="a .png file for one picture, else a folder (default: out)")
@@ -811,9 +815,8 @@ def choose_device(name):
     return device, "--device"
 
 
-def choose_dtype(name, device, model="auto"):
-    """--dtype -> (torch.dtype of the arithmetic, that of the rounded weights or None, why). On a CPU that multiplies
-    bfloat16 large models take it; the small ones here are not faster for it."""
+def choose_dtype(name, device):
+    """--dtype -> (torch.dtype of the arithmetic, that of the rounded weights or None, why)."""
     if name and name not in ROUNDED:
         return getattr(torch, name), None, "--dtype"
     if device.type == "cuda":
@@ -822,7 +825,7 @@ def choose_dtype(name, device, model="auto"):
             raise UserError("--dtype fp8 needs compute capability 8.9 (Ada, Hopper) or more; int8 runs here")
         dtype, why = (torch.bfloat16, "compute capability 8.0 or more") if chip >= (8, 0) else \
             (torch.float16, "compute capability below 8.0")
-    elif device.type == "cpu" and model not in ("auto", "shapes") and not Path(model).is_dir() and multiplies_bfloat16():
+    elif device.type == "cpu" and multiplies_bfloat16():
         dtype, why = torch.bfloat16, "this CPU multiplies it"
     else:
         dtype, why = torch.float32, f"the default on {device.type}"
@@ -934,7 +937,7 @@ def finish(pipeline, edit, tokens):
 def run(args):
     check_flags(args)
     device, why_device = choose_device(args.device)
-    dtype, rounded, why_dtype = choose_dtype(args.dtype, device, args.model)
+    dtype, rounded, why_dtype = choose_dtype(args.dtype, device)
     prompts, seeds = read_prompts(args), range(args.seed, args.seed + args.n)
     edit, text = (None, {}) if args.score or args.score_edits else read_edit(args)
     if args.reconstruct:

@@ -111,7 +111,7 @@ SMALL = dict(
 MODELS = {"shapes": SMALL,
           "cpu": SMALL | dict(vq=SMALL["vq"] | dict(latent_channels=24, vq_embed_dim=24, num_vq_embeddings=1016),
                               transformer=SMALL["transformer"] | dict(codebook_size=1016, vocab_size=1017),
-                              sampling=dict(steps=32, cfg=1.5, temperature=(4.0, 0.0), redraws=4, candidates=2)),
+                              sampling=dict(steps=32, cfg=1.5, temperature=(4.0, 0.0), redraws=4, candidates=8)),
           "paper": dict(vq=dict(), transformer=dict(), text=dict(), sampling=dict(steps=48, cfg=9.0))}
 number_of = lambda stage: zlib.crc32(stage.encode())         # in seeds: by name, so that another stage shifts none
 ABLATIONS = ("rope", "rate", "qk-norm", "micro", "multimodal", "compression")

@@ -201,7 +201,7 @@ def test_strength(pipeline):
 
 @pytest.mark.parametrize("convention", ("step", "rate", "rate1000"))
 def test_likelihoods(convention):
-    """With all masked, the model's own log-probabilities; a rate of a half leaves half of the tokens unseen."""
+    """With all masked, the model's own log-probabilities and their entropy; a rate of a half leaves half of the tokens unseen."""
     model, generator = tiny_transformer(), torch.Generator().manual_seed(0)
     texts = [random_text(generator, 2, model) for _ in range(2)]
     tokens = torch.randint(0, 40, (2, 6, 4), generator=generator)
@@ -210,24 +210,27 @@ def test_likelihoods(convention):
     for text, one in zip(texts, found):
         logits = model(torch.full_like(tokens, model.config.mask_token), text.hidden, text.pooled, text.micro_conds, time)
         torch.testing.assert_close(one, logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0], rtol=1e-4, atol=1e-5)
+        expected = torch.distributions.Categorical(logits=logits).entropy().mean((1, 2))
+        torch.testing.assert_close(meissonic.doubt(model, tokens, text, (1.0,), convention), expected, rtol=1e-4, atol=1e-5)
     half = meissonic.likelihoods(model, tokens, texts, (0.5,), convention)
     assert found.shape == half.shape == (2, 2, 6, 4) and ((half == 0).flatten(2).sum(-1) == 12).all() and half.max() <= 0
 
 
-def test_the_likeliest_candidate_is_taken(pipeline):
-    """Each is the picture of a seed of its own, the first that of the picture's; likely is what the prompt makes likelier
-    than the negative does, in the measure of the guidance; the film is of the one taken."""
+def test_the_candidate_that_fits_best_is_taken(pipeline):
+    """Each is the picture of a seed of its own, the first that of the picture's; fitting is what the prompt makes likelier
+    than the negative does, in the measure of the guidance, and what leaves little open; the film is of the one taken."""
     prompts, seeds, seen = ["a star", "a heart"], [5, 2 ** 63 - 1], []
     drawn = pipeline.draw(prompts, seeds, "a cross", candidates=3, steps=3, cfg=4, watch=lambda *moment: seen.append(moment))
     places = []
     for prompt, seed, tokens in zip(prompts, seeds, drawn):
         each = torch.cat([pipeline.draw([prompt], [sample.candidate_seed(seed, k)], "a cross", candidates=1, steps=3, cfg=4)
                           for k in range(3)])
-        fits = []
+        fits, doubts = [], []
         for words in (prompt, "a cross"):
             text = pipeline.encode_text([words] * 3, *pipeline.size, pipeline.score_condition)
+            doubts.append(meissonic.doubt(pipeline.transformer, each, text, sample.DOUBTED, pipeline.convention))
             fits.append(meissonic.likelihoods(pipeline.transformer, each, [text], sample.JUDGED, pipeline.convention)[0].mean((1, 2)))
-        fit = 4 * fits[0] - 3 * fits[1]
+        fit = 4 * fits[0] - 3 * fits[1] - sample.WEIGHT * doubts[0]
         places.append(fit.argmax().item())
         assert (tokens == each[places[-1]]).all() and fit.max() > fit.min()
     assert any(places) and sample.candidate_seed(-7, 0) == -7

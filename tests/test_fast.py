@@ -105,6 +105,16 @@ def test_attention_by_head():
                            attention_by_head(text.bfloat16(), image.bfloat16(), *rest))
 
 
+def test_gelu_compiled():
+    """The form that compiles well is the same function, and so are its gradients."""
+    compiled, results = torch.compile(meissonic.gelu, backend="aot_eager"), []
+    for function in (compiled, meissonic.gelu):
+        x = torch.linspace(-9, 9, 101, dtype=torch.float64, requires_grad=True)
+        y = function(x)
+        results += [y.detach(), *torch.autograd.grad(y.sum(), x)]
+    torch.testing.assert_close(results[:2], results[2:], rtol=1e-12, atol=1e-12)
+
+
 class FakeGraph:
     """What a CUDA graph does, on the CPU: the function runs again on the tensors that it was recorded with."""
     def replay(self):
