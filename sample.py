@@ -40,8 +40,7 @@ ROUNDED = dict(int8=torch.int8, fp8=torch.float8_e4m3fn)
 PARTS = ("transformer", "vqvae", "text_encoder")
 MOST_TOKENS = 4096                                # of a batch, and of an edit unless --size says otherwise
 JUDGED = (0.95, 0.9, 0.85, 0.8, 0.75) * 2         # shares masked where candidates are compared: all masked says nothing
-DOUBTED = (0.5,) * 4                              # the same where it is asked what they leave open,
-WEIGHT = 3                                        # and what that counts
+DOUBTED = (0.5,) * 4                              # and where it is asked what their other half leaves open
 TURN = 32                                         # pictures that are painted before they are decoded and written
 
 
@@ -287,19 +286,18 @@ class Pipeline:
         drawn = self.paint(tokens[rows], text, against, seeds, watch=watch and (lambda *seen: moments.append(seen)), **settings)
         best = slice(None)
         if each > 1:
-            fits = self.fit_of(drawn, text, against, settings.get("cfg")).view(-1, each)                          # (B, each)
+            fits = self.fit_of(drawn, text, against).view(-1, each)                                               # (B, each)
             best = [k * each + i for k, i in enumerate(fits.argmax(1).tolist())]
         for n, believed, masked in moments:
             watch(n, believed[best], masked[best])
         return drawn[best]
 
-    def fit_of(self, tokens, text, against, cfg=None):
-        """How well each picture of a batch fits its prompt -> (B,) float32: its tokens' mean log-likelihood, guided as its
-        drawing is, which tells whether it shows what the prompt says, less WEIGHT times the model's doubt of them, which
-        tells whether it is well made."""
-        likely = meissonic.likelihoods(self.transformer, tokens, (text, against), JUDGED, self.convention).mean((2, 3))
-        doubt = meissonic.doubt(self.transformer, tokens, text, DOUBTED, self.convention)
-        return meissonic.guide(*likely, self.cfg if cfg is None else cfg) - WEIGHT * doubt
+    def fit_of(self, tokens, text, against):
+        """How well each picture of a batch fits its prompt -> (B,) float32, in nats for a token: its log-likelihood; twice
+        what of that is the prompt's doing, or pictures with something left out, having less to get wrong, would win; less
+        eight times the model's doubt, which tells whether it is well made. The weights: README, Candidates."""
+        likely, anyway = meissonic.likelihoods(self.transformer, tokens, (text, against), JUDGED, self.convention).mean((2, 3))
+        return likely + 2 * (likely - anyway) - 8 * meissonic.doubt(self.transformer, tokens, text, DOUBTED, self.convention)
 
     def __call__(self, *arguments, **settings):
         """`draw`, decoded -> list of RGB Images."""

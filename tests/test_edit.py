@@ -217,8 +217,8 @@ def test_likelihoods(convention):
 
 
 def test_the_candidate_that_fits_best_is_taken(pipeline):
-    """Each is the picture of a seed of its own, the first that of the picture's; fitting is what the prompt makes likelier
-    than the negative does, in the measure of the guidance, and what leaves little open; the film is of the one taken."""
+    """Each is the picture of a seed of its own, the first that of the picture's; fitting is what is likely, what
+    the prompt makes likelier than the negative does, and what leaves little open; the film is of the one taken."""
     prompts, seeds, seen = ["a star", "a heart"], [5, 2 ** 63 - 1], []
     drawn = pipeline.draw(prompts, seeds, "a cross", candidates=3, steps=3, cfg=4, watch=lambda *moment: seen.append(moment))
     places = []
@@ -230,7 +230,7 @@ def test_the_candidate_that_fits_best_is_taken(pipeline):
             text = pipeline.encode_text([words] * 3, *pipeline.size, pipeline.score_condition)
             doubts.append(meissonic.doubt(pipeline.transformer, each, text, sample.DOUBTED, pipeline.convention))
             fits.append(meissonic.likelihoods(pipeline.transformer, each, [text], sample.JUDGED, pipeline.convention)[0].mean((1, 2)))
-        fit = 4 * fits[0] - 3 * fits[1] - sample.WEIGHT * doubts[0]
+        fit = 3 * fits[0] - 2 * fits[1] - 8 * doubts[0]
         places.append(fit.argmax().item())
         assert (tokens == each[places[-1]]).all() and fit.max() > fit.min()
     assert any(places) and sample.candidate_seed(-7, 0) == -7
