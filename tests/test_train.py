@@ -397,16 +397,23 @@ def run(tmp_path_factory):
     return out
 
 
-def test_first_losses(run):
-    """Frozen: a change of the data, the models, their initialisation or the losses shows here. The bound leaves room
-    for another processor's bfloat16 alone."""
-    seen = losses(run)
+def test_first_losses(run, tmp_path, monkeypatch):
+    """Frozen: a change of the data, the models, their initialisation or the losses shows here. The bounds leave room
+    for another processor's bfloat16 alone; the transformer's pictures are tokens of a fresh VQ model for that reason,
+    since after 30 steps of training its tokens differ from one processor to the next, and with them every loss."""
+    shrink(monkeypatch)
+    torch.manual_seed(0)
+    vq.VQModel(vq.Config(**train.MODELS["shapes"]["vq"])).save_pretrained(tmp_path / "parts/vqvae")
+    shutil.copytree(run / "tokenizer", tmp_path / "parts/tokenizer")
+    monkeypatch.setattr(train.Log.__init__, "__defaults__", (1,))
+    command("--out", tmp_path / "run", "--init", tmp_path / "parts", "--stage", "1", "--steps", 3, "--seed", 3)
+    seen = losses(run, "vq") | losses(tmp_path / "run", "1")
     assert np.allclose([seen["vq", i] for i in (1, 2, 3)], FIRST_VQ, atol=0.01), seen
-    assert np.allclose([seen["1", i] for i in (1, 2, 3)], FIRST_TRANSFORMER, atol=0.03), seen
+    assert np.allclose([seen["1", i] for i in (1, 2, 3)], FIRST_TRANSFORMER, atol=0.003), seen
 
 
 FIRST_VQ = (0.580, 0.772, 0.583)
-FIRST_TRANSFORMER = (4.62, 4.55, 4.57)
+FIRST_TRANSFORMER = (4.543, 4.630, 4.597)
 
 
 def test_losses_fall(run):
