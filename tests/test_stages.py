@@ -14,6 +14,7 @@ import data
 import meissonic
 import sample
 import train
+import trainer
 import vq
 
 
@@ -24,7 +25,7 @@ LOOK = train.look
 def small(monkeypatch):
     shrink(monkeypatch)
     monkeypatch.setattr(train, "look", lambda *a: None)
-    monkeypatch.setattr(train.Log.__init__, "__defaults__", (1,))
+    monkeypatch.setattr(trainer.Log.__init__, "__defaults__", (1,))
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +102,7 @@ def test_frozen_text_stays(base, tmp_path, monkeypatch):
 
 def test_checkpoints_are_thinned(base, tmp_path):
     out = train_on(base, tmp_path / "run", "--stage", "1", "--steps", "40")
-    assert [p.name for p in train.checkpoints(out, "1")] == ["1-0000030.checkpoint.safetensors", "1-0000040.checkpoint.safetensors"]
+    assert [p.name for p in trainer.checkpoints(out, "1")] == ["1-0000030.checkpoint.safetensors", "1-0000040.checkpoint.safetensors"]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -135,7 +136,7 @@ def test_a_low_score_asks_for_a_spoilt_picture(steps=500, number=1500, batch=32)
     uneven, score = (lambda tokens: (tokens >= 20).float().mean().item()), micro[:, 4]
     assert uneven(tokens[score == data.CLEAN]) < 0.3 and uneven(tokens[score < 4]) > 0.9
     student, rng, ids = tiny_student(), np.random.default_rng(0), torch.zeros(batch, 6, dtype=torch.int64)
-    optimizer = torch.optim.AdamW(train.decay_groups(student))
+    optimizer = torch.optim.AdamW(trainer.decay_groups(student))
     for step in range(steps):
         pick, (mask, rates) = rng.integers(number, size=batch), map(torch.from_numpy, train.sample_mask(rng, batch, 64))
         loss = student(ids, tokens[pick].long(), mask, rates, micro[pick])[0] / mask.sum()
@@ -193,7 +194,7 @@ def test_training_on_a_folder(base, tmp_path, capsys):
     """A broken picture is skipped, counted and named; the others are trained on, with their sizes as conditions."""
     out = train_on(base, tmp_path / "run", "--stage", "1", "--steps", "2", "--data", photos(tmp_path / "photos", broken=(3, 7)))
     assert len(losses(out, "1")) == 2
-    tokens = train.Tokens(train.token_folder(train.Run(out), "1"))
+    tokens = train.Tokens(train.token_folder(trainer.Run(out, train.PRESETS["shapes"]), "1"))
     assert len(tokens) == 10
     _, _, micro = tokens[np.arange(10)]
     assert (micro == torch.tensor([40.0, 40, 0, 0, data.CLEAN])).all()
@@ -290,13 +291,13 @@ def test_a_sheet_of_ones_own_captions(base, tmp_path, monkeypatch):
     out = train_on(base, tmp_path / "run", "--stage", "1", "--steps", "2", "--data", folder)
     call = sample.Pipeline.__call__
     monkeypatch.setattr(sample.Pipeline, "__call__", lambda self, texts, seeds: (drawn.append((self.lora, *texts)), call(self, texts, seeds))[1])
-    LOOK(train.Run(out, data=folder), "1", 2)
+    LOOK(trainer.Run(out, train.PRESETS["shapes"], data=folder), "1", 2)
     assert [text for _, text in drawn] == [(folder / f"{i:03d}.txt").read_text() for i in range(12)]
     command("--out", out, "--stage", "4", "--steps", "2", "--lora", "2", "--data", folder)
-    LOOK(train.Run(out, data=folder, lora=2), "4", 2)
+    LOOK(trainer.Run(out, train.PRESETS["shapes"], data=folder, lora=2), "4", 2)
     assert drawn[-1][0] == out / "lora.safetensors"
     assert Image.open(out / "sheet.png").size == (5 * SIZE, 4 * SIZE)
-    assert not any(e.get("event") == "scores" for e in train.entries(out / "log.jsonl"))
+    assert not any(e.get("event") == "scores" for e in trainer.entries(out / "log.jsonl"))
 
 
 def test_each_example_comes_once_in_a_pass():
@@ -480,11 +481,11 @@ def test_checkpointed_blocks_have_the_same_gradients():
 EXACT = """
 import os, sys
 sys.path[:0] = [{root!r}, {tests!r}]
-import pytest, test_train, train
+import pytest, test_train, train, trainer
 test_train.shrink(pytest.MonkeyPatch())
 train.look = lambda *a: None
-train.Log.__init__.__defaults__ = (1,)
-train.Run.precision = lambda self: __import__("contextlib").nullcontext()            # float32: bfloat16 rounds to 1e-3
+trainer.Log.__init__.__defaults__ = (1,)
+trainer.Run.precision = lambda self: __import__("contextlib").nullcontext()            # float32: bfloat16 rounds to 1e-3
 train.main(sys.argv[1:])
 """
 
@@ -501,7 +502,7 @@ def test_sharded_and_accumulated_equal_plain(base, tmp_path):
         process = start([*runs[name], "--out", tmp_path / name, "--stage", "1", "--resume", "--steps", 8, "--save-every", 4])
         _, err = process.communicate()
         assert process.returncode == 0, err
-        return losses(tmp_path / name, "1"), load_file(train.checkpoints(tmp_path / name, "1")[-1])
+        return losses(tmp_path / name, "1"), load_file(trainer.checkpoints(tmp_path / name, "1")[-1])
 
     found, weights = {}, {}
     for name in runs:
@@ -512,7 +513,7 @@ def test_sharded_and_accumulated_equal_plain(base, tmp_path):
         for key, loss in found["plain"].items():
             assert abs(found[name][key] - loss) <= 1e-5 * (1 + loss), (name, key, found)
         assert {k: v.shape for k, v in weights[name].items()} == {k: v.shape for k, v in weights["plain"].items()}
-    train.checkpoints(tmp_path / "sharded", "1")[-1].unlink()                    # back to step 4
+    trainer.checkpoints(tmp_path / "sharded", "1")[-1].unlink()                    # back to step 4
     _, again = train_with("sharded")
     assert all(torch.equal(again[k], v) for k, v in weights["sharded"].items())
 

@@ -22,6 +22,7 @@ import data
 import meissonic
 import sample
 import train
+import trainer
 import vq
 
 # ---------------------------------------------------------------------------------------------------------
@@ -32,7 +33,7 @@ def test_decay_groups():
     """Weight decay on matrices and kernels; none on biases, norms and embeddings; every parameter in one group."""
     student = tiny_student()
     for module in (student, vq.VQModel(vq.Config(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4))):
-        decayed, rest = train.decay_groups(module)
+        decayed, rest = trainer.decay_groups(module)
         assert decayed["weight_decay"] == 0.01 and rest["weight_decay"] == 0
         names = {id(p): n for n, p in module.named_parameters()}
         assert sorted(names) == sorted(id(p) for g in (decayed, rest) for p in g["params"])
@@ -44,12 +45,12 @@ def test_decay_groups():
 
 def test_learning_rate():
     """Up to the peak in a straight line, then down a cosine to 2% of it."""
-    rate = [train.learning_rate(i, 1000, 0.5) for i in range(1000)]
+    rate = [trainer.learning_rate(i, 1000, 0.5) for i in range(1000)]
     assert np.isclose(rate[0], 0.5 / 100, rtol=1e-3) and np.isclose(rate[49], 0.25, rtol=0.01)
     assert 0.95 * 0.5 < max(rate) <= 0.5 and rate.index(max(rate)) == 99
     assert all(a > b for a, b in zip(rate[99:], rate[100:])) and np.isclose(rate[-1], 0.02 * 0.5, rtol=0.01)
     assert np.isclose(rate[500], 0.51 * 0.5, rtol=0.01)
-    assert [train.learning_rate(i, 1000, 0.5, floor=1) for i in (100, 500, 999)] == [0.5] * 3
+    assert [trainer.learning_rate(i, 1000, 0.5, floor=1) for i in (100, 500, 999)] == [0.5] * 3
 
 
 def test_k_means_finds_clusters():
@@ -164,7 +165,7 @@ def test_the_text_encoder_learns_what_captions_say(tmp_path, monkeypatch):
     tiny = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
     monkeypatch.setitem(train.MODELS["cpu"], "text", train.MODELS["cpu"]["text"] | tiny)
     monkeypatch.setitem(train.PRESETS["cpu"], "text", dict(steps=300, batch=32, lr=5e-3))
-    monkeypatch.setattr(train.Log.__init__, "__defaults__", (1,))
+    monkeypatch.setattr(trainer.Log.__init__, "__defaults__", (1,))
     for stage in ("tokenizer", "text"):
         command("--preset", "cpu", "--out", tmp_path / "run", "--stage", stage)
     told = np.mean([data.whereabouts(data.sample_example(np.random.default_rng(i), "position" if i % 2 else None, letters=0.3)[1])
@@ -184,7 +185,7 @@ def test_pictures_of_ones_own_teach_the_text_encoder_along():
 
 
 def test_a_frozen_text_encoder_must_be_there(tmp_path):
-    run = train.Run(tmp_path / "run", preset="cpu")
+    run = trainer.Run(tmp_path / "run", train.PRESETS["cpu"], preset="cpu")
     train.run_stage("tokenizer", run, False)
     with pytest.raises(sample.UserError, match="--stage text"):
         train.new_student(run, train.PRESETS["cpu"]["1"])
@@ -264,7 +265,7 @@ def test_every_parameter_is_trained():
 
 def test_overfitting_one_batch():
     student, batch = tiny_student(), tiny_batch()
-    optimizer = torch.optim.AdamW(train.decay_groups(student))
+    optimizer = torch.optim.AdamW(trainer.decay_groups(student))
     losses = []
     for _ in range(150):
         loss = student(*batch)[0] / batch[2].sum()
@@ -325,7 +326,7 @@ def shrink(patch):
 TINY = """
 import os, sys
 sys.path[:0] = [{root!r}, {tests!r}]
-import pytest, test_train, train, vq
+import pytest, test_train, train, trainer, vq
 test_train.shrink(pytest.MonkeyPatch())
 if os.environ.get("KILL_AT_SAVE"):
     write, saves = vq.save_file, []
@@ -335,7 +336,7 @@ if os.environ.get("KILL_AT_SAVE"):
         if len(saves) == int(os.environ["KILL_AT_SAVE"]):
             os.truncate(path, 1000)
             os.kill(os.getpid(), 9)
-    train.save_file = save_and_die
+    train.save_file = trainer.save_file = save_and_die
 train.main(sys.argv[1:])
 """
 
@@ -392,7 +393,7 @@ def run(tmp_path_factory):
         shrink(patch)
         patch.setattr(train.Student, "forward", lambda self, ids, *rest: (IDS.append(ids), forward(self, ids, *rest))[1])
         patch.setattr(train, "look", lambda *a: None)
-        patch.setattr(train.Log.__init__, "__defaults__", (1,))
+        patch.setattr(trainer.Log.__init__, "__defaults__", (1,))
         command("--out", out, "--seed", 3)
     return out
 
@@ -405,7 +406,7 @@ def test_first_losses(run, tmp_path, monkeypatch):
     torch.manual_seed(0)
     vq.VQModel(vq.Config(**train.MODELS["shapes"]["vq"])).save_pretrained(tmp_path / "parts/vqvae")
     shutil.copytree(run / "tokenizer", tmp_path / "parts/tokenizer")
-    monkeypatch.setattr(train.Log.__init__, "__defaults__", (1,))
+    monkeypatch.setattr(trainer.Log.__init__, "__defaults__", (1,))
     command("--out", tmp_path / "run", "--init", tmp_path / "parts", "--stage", "1", "--steps", 3, "--seed", 3)
     seen = losses(run, "vq") | losses(tmp_path / "run", "1")
     assert np.allclose([seen["vq", i] for i in (1, 2, 3)], FIRST_VQ, atol=0.01), seen
@@ -454,7 +455,7 @@ def test_the_result_is_the_average(run):
 
 def test_the_sheet_and_the_scores(run, tmp_path, monkeypatch):
     out = shutil.copytree(run, tmp_path / "run")
-    train.look(train.Run(out), "4", 2, number=1)
+    train.look(trainer.Run(out, train.PRESETS["shapes"]), "4", 2, number=1)
     scores = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
     assert {*scores} - {"stage", "step", "event"} == {"single", "two", "counting", "colours", "position", "attribution", "unseen", "overall"}
     assert (out / "sheet.png").is_file()
@@ -495,15 +496,15 @@ def test_a_signal_saves_first(run, tmp_path, monkeypatch, number):
     shrink(monkeypatch)
     out = tmp_path / "run"
     shutil.copytree(run / "tokenizer", out / "tokenizer")
-    rate = train.learning_rate
-    monkeypatch.setattr(train, "learning_rate",
+    rate = trainer.learning_rate
+    monkeypatch.setattr(trainer, "learning_rate",
                         lambda step, *a: (signal.raise_signal(number) if step == 12 else None, rate(step, *a))[1])
     with pytest.raises(SystemExit) as caught:
         command("--out", out, "--seed", 3, "--stage", "vq")
     assert caught.value.code == 130
-    with safe_open(train.checkpoints(out, "vq")[-1], framework="pt") as file:
+    with safe_open(trainer.checkpoints(out, "vq")[-1], framework="pt") as file:
         assert file.metadata()["step"] == "13"
-    monkeypatch.setattr(train, "learning_rate", rate)
+    monkeypatch.setattr(trainer, "learning_rate", rate)
     command("--out", out, "--seed", 3, "--stage", "vq", "--resume")
     same_files(run, out, RESULTS[0], RESULTS[3])
 
@@ -526,7 +527,7 @@ def test_non_finite_steps_are_dropped_then_the_checkpoint_reloaded(run, tmp_path
     assert [(e["step"], e["event"]) for e in events] == \
         [(5, "dropped"), (14, "dropped"), (15, "dropped"), (16, "dropped"), (10, "reloaded")]
     assert len(calls) == STEPS + 6 and not torch.equal(calls[10], calls[16])
-    weights = load_file(train.checkpoints(out, "vq")[-1])
+    weights = load_file(trainer.checkpoints(out, "vq")[-1])
     assert all(w.isfinite().all() for w in weights.values())
 
 
@@ -534,7 +535,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(run, tmp_path, monkeypatch
     shrink(monkeypatch)
     out = tmp_path / "run"
     shutil.copytree(run / "tokenizer", out / "tokenizer")
-    write, saves = train.save_file, []
+    write, saves = trainer.save_file, []
 
     def full(tensors, path, **options):
         saves.append(path)
@@ -543,11 +544,11 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(run, tmp_path, monkeypatch
             raise OSError(28, "No space left on device")
         write(tensors, path, **options)
 
-    monkeypatch.setattr(train, "save_file", full)
+    monkeypatch.setattr(trainer, "save_file", full)
     with pytest.raises(SystemExit) as caught:
         command("--out", out, "--seed", 3, "--stage", "vq")
     assert caught.value.code == 2 and "No space left" in capsys.readouterr().err
-    with safe_open(train.checkpoints(out, "vq")[-1], framework="pt") as file:
+    with safe_open(trainer.checkpoints(out, "vq")[-1], framework="pt") as file:
         assert file.metadata()["step"] == "10"
     assert not [p for p in out.rglob(".*")]
 
@@ -561,9 +562,9 @@ def test_resuming_a_finished_run_changes_nothing(run, tmp_path, monkeypatch):
 
 def interrupted(monkeypatch, step, *arguments):
     """A run that SIGTERM ends after a step, and that then goes on."""
-    rate = train.learning_rate
+    rate = trainer.learning_rate
     with monkeypatch.context() as patch:
-        patch.setattr(train, "learning_rate", lambda n, *a: (signal.raise_signal(signal.SIGTERM) if n == step - 1 else None, rate(n, *a))[1])
+        patch.setattr(trainer, "learning_rate", lambda n, *a: (signal.raise_signal(signal.SIGTERM) if n == step - 1 else None, rate(n, *a))[1])
         with pytest.raises(SystemExit):
             command(*arguments)
     command(*arguments, "--resume")
@@ -587,7 +588,7 @@ def test_a_frozen_text_encoder_leaves_the_loss_alone(run, tmp_path, monkeypatch)
     """What is logged is the masked tokens' loss, before and after an interruption the same."""
     shrink(monkeypatch)
     monkeypatch.setattr(train, "look", lambda *a: None)
-    monkeypatch.setattr(train.Log.__init__, "__defaults__", (1,))
+    monkeypatch.setattr(trainer.Log.__init__, "__defaults__", (1,))
     monkeypatch.setitem(train.PRESETS["shapes"]["1"], "text", 0.0)
     for name in ("whole", "stopped"):
         shutil.copytree(run, tmp_path / name, ignore=shutil.ignore_patterns("*.checkpoint.safetensors", "log.jsonl"))
@@ -634,8 +635,8 @@ def test_a_full_disk_is_one_line_in_safetensors_words_too(run, tmp_path, monkeyp
 def test_a_line_that_was_cut_off_is_no_entry(run, tmp_path):
     log = tmp_path / "log.jsonl"
     log.write_bytes((run / "log.jsonl").read_bytes()[:-20])
-    assert len(list(train.entries(log))) == len((run / "log.jsonl").read_text().splitlines()) - 1
-    train.draw_losses(log, tmp_path / "loss.png")
+    assert len(list(trainer.entries(log))) == len((run / "log.jsonl").read_text().splitlines()) - 1
+    trainer.draw_losses(log, tmp_path / "loss.png")
 
 
 def test_a_second_run_in_a_folder_is_refused(run, tmp_path, monkeypatch, capsys):
@@ -653,7 +654,7 @@ def test_a_stage_done_again_ends_those_after_it(run, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "look", lambda *a: None)
     out = shutil.copytree(run, tmp_path / "run")
     command("--out", out, "--stage", "3", "--steps", 2)
-    assert [bool(train.checkpoints(out, stage)) for stage in ("vq", "1", "3", "4")] == [True, True, True, False]
+    assert [bool(trainer.checkpoints(out, stage)) for stage in ("vq", "1", "3", "4")] == [True, True, True, False]
 
 
 def test_a_folder_may_be_its_own_beginning(run, tmp_path, monkeypatch):
@@ -693,8 +694,8 @@ def test_two_processes_equal_one(run, tmp_path):
         shutil.copytree(run, out, ignore=lambda folder, names: [n for n in names if n.startswith(("1-", "3-", "4-", "transformer", "text_encoder", "log"))])
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
         script = Path(tiny(tmp_path)).read_text().replace("train.main", """
-train.Log.__init__.__defaults__ = (1,)
-train.Run.precision = lambda self: __import__("contextlib").nullcontext()            # float32: bfloat16 rounds to 1e-3
+trainer.Log.__init__.__defaults__ = (1,)
+trainer.Run.precision = lambda self: __import__("contextlib").nullcontext()            # float32: bfloat16 rounds to 1e-3
 train.main""")
         (tmp_path / "exact.py").write_text(script)
         process = start([*launcher, tmp_path / "exact.py", "--out", out, "--seed", 3, "--stage", "1", "--resume",
@@ -711,7 +712,7 @@ def test_each_process_reads_its_own_part(monkeypatch):
     """The slices of a global batch are disjoint and cover it; a batch that does not divide is refused."""
     parts = []
     for rank in range(4):
-        run = object.__new__(train.Run)
+        run = object.__new__(trainer.Run)
         run.rank, run.world, run.accumulate = rank, 4, 3
         parts += [int(i) for part, in run.parts(np.arange(24)) for i in part]
     assert sorted(parts) == list(range(24))
