@@ -56,6 +56,7 @@ import meissonic
 import sample
 import trainer
 import vq
+from pipeline import Pipeline, UserError, choose_device, find_model, kernel_path, score_tasks
 
 # One line for each stage: size x size pixels, global batch, steps, peak learning rate, that of the text encoder in
 # its share (text; 0: frozen), compression layers or none, how many pictures of the world of shapes are drawn, which share of
@@ -250,7 +251,7 @@ class Tokens:
                 if "text" in file.keys():
                     self.files.append({k: file.get_tensor(k) for k in ("tokens", "text", "micro")})
         if not self.files:
-            raise sample.UserError(f"{folder}: no picture in it could be read")
+            raise UserError(f"{folder}: no picture in it could be read")
         self.ends = np.cumsum([len(f["text"]) for f in self.files])
         self.grid = self.files[0]["tokens"].shape[1:]
 
@@ -455,7 +456,7 @@ def two_tone(images, colours, outlines, rng):
     in each outline, then the colours alone; V = colours (colours - 1) / 2 * outlines + colours."""
     seen, number = images.movedim(1, -1).flatten(0, 2).unique(dim=0, return_counts=True)
     if len(seen) < colours:
-        raise sample.UserError(f"the pictures have {len(seen)} colours; the preset's codebook wants {colours}")
+        raise UserError(f"the pictures have {len(seen)} colours; the preset's codebook wants {colours}")
     palette = seen[number.topk(colours).indices]
     palette = palette[palette.sum(1).argsort()]                                # from dark to light
     dark, light = palette[torch.combinations(torch.arange(colours, device=palette.device))].transpose(0, 1)[..., None]
@@ -490,7 +491,7 @@ def readable(source, number, first=0):
         if len(examples) == number:
             break
     if not examples:
-        raise sample.UserError("no picture of --data could be read")
+        raise UserError("no picture of --data could be read")
     return tuple(zip(*examples))
 
 
@@ -691,9 +692,9 @@ def new_student(run, preset):
             student.transformer = add_compression(student.transformer)
         student.probe = nn.Linear(student.transformer.config.pooled_projection_dim, student.transformer.config.codebook_size)
     elif run.lora:
-        raise sample.UserError(f"--lora trains terms of a model: {run.out / 'transformer'} is not there; --init says which")
+        raise UserError(f"--lora trains terms of a model: {run.out / 'transformer'} is not there; --init says which")
     if not preset["text"] and not there("text_encoder"):
-        raise sample.UserError(f"{run.out / 'text_encoder'}: not there, and this stage does not train it: begin with --stage text, or --init")
+        raise UserError(f"{run.out / 'text_encoder'}: not there, and this stage does not train it: begin with --stage text, or --init")
     if not preset["text"] or run.lora:
         student.encoder.requires_grad_(False).eval()
         student.probe.requires_grad_(False)
@@ -786,7 +787,7 @@ def merged(module, state):
 def look(run, stage, step, number=16):
     """Draw sheet.png, twenty pictures for fixed captions with the model as saved so far; in the world of shapes score the
     six tasks too, and log both. One candidate for each picture: this tells how training goes, and training waits."""
-    pipeline = sample.Pipeline(run.out, run.device, lora=run.out / "lora.safetensors" if run.lora else None)
+    pipeline = Pipeline(run.out, run.device, lora=run.out / "lora.safetensors" if run.lora else None)
     pipeline.candidates = 1
     texts = readable(source_of(run, stage), 20)[1] if run.data else \
         [text for task in data.TASKS[1:] for text, _ in data.test_claims(task, 4, seed=1)]
@@ -797,7 +798,7 @@ def look(run, stage, step, number=16):
         sheet.paste(picture, (i // 4 * side, i % 4 * side))
     vq.write_whole(run.out / "sheet.png", lambda p: sheet.save(p, "PNG"))
     if not run.data:
-        scores = {k: round(v, 3) for k, v in sample.score_tasks(pipeline, number, progress=iter).items()}
+        scores = {k: round(v, 3) for k, v in score_tasks(pipeline, number, progress=iter).items()}
         trainer.write_line(run, stage=stage, step=step, event="scores", **scores)
         tqdm.write(f"stage {stage} step {step}: " + ", ".join(f"{k} {v:.2f}" for k, v in scores.items()))
 
@@ -963,23 +964,23 @@ def main(argv=None):
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
-        device, why = sample.choose_device(args.device)
+        device, why = choose_device(args.device)
         if args.data != "shapes":
             data.Pictures(args.data)                             # a source that is none: say so before anything is made
-        init = args.init and sample.find_model(args.init, device, torch.float32)[0]
+        init = args.init and find_model(args.init, device, torch.float32)[0]
         run = trainer.Run(args.out, changed(PRESETS, args), args.seed, device, args.preset, args.resume, init,
                           None if args.data == "shapes" else args.data, args.save_every, args.look_every, args.accumulate,
                           args.shard, args.checkpointing, args.compile, args.lora, args.without)
         if run.first:
             print(f"run: {args.out} | preset: {args.preset} | device: {run.device} ({why}) | processes: {run.world} | "
-                  f"products: {str(run.dtype)[6:]} | kernels: {sample.kernel_path(run.device, run.dtype)} | seed: {args.seed}")
+                  f"products: {str(run.dtype)[6:]} | kernels: {kernel_path(run.device, run.dtype)} | seed: {args.seed}")
         if args.benchmark:
             return benchmark(run)
         if run.first and run.device.type == "cpu" and args.preset == "shapes" and not args.stage:
             print("note: this preset is for a GPU; --preset cpu is made for two CPU cores", file=sys.stderr)
         if run.first and not (args.stage or args.resume or args.encode) and (run.out / "tokenizer").is_dir() \
                 and not (init and init.samefile(run.out)):
-            raise sample.UserError(f"--out {run.out} holds a model: --resume goes on with its training, another folder is a new one's")
+            raise UserError(f"--out {run.out} holds a model: --resume goes on with its training, another folder is a new one's")
         adopt(run)
         for stage in [args.stage] if args.stage else ("tokenizer", *run.stages):
             run_stage(stage, run, args.encode)
@@ -988,7 +989,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("\nstopped; --resume goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
-    except (sample.UserError, vq.CheckpointError, data.SourceError, SafetensorError, OSError) as e:     # the fourth: a full disk
+    except (UserError, vq.CheckpointError, data.SourceError, SafetensorError, OSError) as e:     # the fourth: a full disk
         print(f"train.py: error: {e}", file=sys.stderr)
         sys.exit(2)
     finally:

@@ -30,8 +30,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import sample
 import vq
+from pipeline import UserError
 
 KEEP = 2                                                         # checkpoints of a stage
 number_of = lambda stage: zlib.crc32(stage.encode())             # in seeds: by name, so that another stage shifts none
@@ -56,7 +56,7 @@ class Run:
             torch.cuda.set_device(self.device)
         if (self.world > 1 or shard) and not dist.is_initialized():
             if self.world == 1:
-                raise sample.UserError("--shard wants several processes: start with torchrun")
+                raise UserError("--shard wants several processes: start with torchrun")
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timedelta(days=1))   # for encode, look
         self.out.mkdir(parents=True, exist_ok=True)
 
@@ -76,7 +76,7 @@ class Run:
         processes they are disjoint and cover it."""
         number = self.world * self.accumulate
         if len(batch[0]) % number:
-            raise sample.UserError(f"a batch of {len(batch[0])} does not divide by {self.world} processes x {self.accumulate}")
+            raise UserError(f"a batch of {len(batch[0])} does not divide by {self.world} processes x {self.accumulate}")
         return [tuple(a[self.rank + self.world * i::number] for a in batch) for i in range(self.accumulate)]
 
     def total(self, tensor):

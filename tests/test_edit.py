@@ -16,6 +16,7 @@ from test_sample import MODEL, SMALL, assert_refused, picture, tree
 import data
 import meissonic
 import sample
+from pipeline import DOUBTED, JUDGED, candidate_seed
 
 RUN = SMALL[:-4] + ("--steps", 4)                                             # at the model's size or the picture's
 PNG = (*RUN, "--out", "a.png")
@@ -223,17 +224,17 @@ def test_the_candidate_that_fits_best_is_taken(pipeline):
     drawn = pipeline.draw(prompts, seeds, "a cross", candidates=3, steps=3, cfg=4, watch=lambda *moment: seen.append(moment))
     places = []
     for prompt, seed, tokens in zip(prompts, seeds, drawn):
-        each = torch.cat([pipeline.draw([prompt], [sample.candidate_seed(seed, k)], "a cross", candidates=1, steps=3, cfg=4)
+        each = torch.cat([pipeline.draw([prompt], [candidate_seed(seed, k)], "a cross", candidates=1, steps=3, cfg=4)
                           for k in range(3)])
         fits, doubts = [], []
         for words in (prompt, "a cross"):
             text = pipeline.encode_text([words] * 3, *pipeline.size, pipeline.score_condition)
-            doubts.append(meissonic.doubt(pipeline.transformer, each, text, sample.DOUBTED, pipeline.convention))
-            fits.append(meissonic.likelihoods(pipeline.transformer, each, [text], sample.JUDGED, pipeline.convention)[0].mean((1, 2)))
+            doubts.append(meissonic.doubt(pipeline.transformer, each, text, DOUBTED, pipeline.convention))
+            fits.append(meissonic.likelihoods(pipeline.transformer, each, [text], JUDGED, pipeline.convention)[0].mean((1, 2)))
         fit = 3 * fits[0] - 2 * fits[1] - 8 * doubts[0]
         places.append(fit.argmax().item())
         assert (tokens == each[places[-1]]).all() and fit.max() > fit.min()
-    assert any(places) and sample.candidate_seed(-7, 0) == -7
+    assert any(places) and candidate_seed(-7, 0) == -7
     assert [n for n, _, _ in seen] == [0, 1, 2, 3] and (seen[-1][1] == drawn).all() and not seen[-1][2].any()
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 import sample
 
 SET_UP = "pip install -r requirements.txt && "
-TOP = {"clip.py", "vq.py", "meissonic.py", "data.py", "train.py", "trainer.py", "sample.py", "kernels", "tests", "weights", "gallery", "README.md",
+TOP = {"clip.py", "vq.py", "meissonic.py", "data.py", "train.py", "trainer.py", "pipeline.py", "sample.py", "kernels", "tests", "weights", "gallery", "README.md",
        "requirements.txt", "LICENSE", ".gitignore", ".ci"}
 
 

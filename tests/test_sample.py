@@ -25,6 +25,7 @@ import data
 import meissonic
 import sample
 import vq
+from pipeline import cached, hub_files
 
 MODEL = GOLDEN / "compressed"
 SMALL = ("--model", MODEL, "--device", "cpu", "--dtype", "float32", "--size", 64, "--steps", 2)
@@ -164,7 +165,7 @@ def test_a_picture_does_not_depend_on_its_batch(cli):
 
 @pytest.mark.parametrize("able", (False, True))
 def test_the_default_dtype_on_a_cpu(monkeypatch, able):
-    monkeypatch.setattr(sample, "multiplies_bfloat16", lambda: able)
+    monkeypatch.setattr("pipeline.multiplies_bfloat16", lambda: able)
     dtype, rounded, _ = sample.choose_dtype(None, torch.device("cpu"))
     assert dtype == (torch.bfloat16 if able else torch.float32) and rounded is None
     assert sample.choose_dtype("int8", torch.device("cpu"))[:2] == (dtype, torch.int8)
@@ -446,6 +447,7 @@ def test_score_on_the_command_line(cli):
 
 
 def test_auto_without_a_gpu_says_why(cli, monkeypatch):
+    monkeypatch.setattr("pipeline.BUNDLED", MODEL)
     monkeypatch.setattr(sample, "BUNDLED", MODEL)
     status, out, _ = cli("--prompt", "x", "--device", "cpu", "--size", 64, "--steps", 1)
     line = out.splitlines()[0]
@@ -455,22 +457,22 @@ def test_auto_without_a_gpu_says_why(cli, monkeypatch):
 def test_auto_with_a_gpu(monkeypatch, tmp_path):
     """From the cache, else fetched, else the bundled model with the reason."""
     find = lambda: sample.find_model("auto", torch.device("cuda"), torch.float16)
-    monkeypatch.setattr(sample, "cached", lambda repo, dtype: tmp_path / repo)
+    monkeypatch.setattr("pipeline.cached", lambda repo, dtype: tmp_path / repo)
     assert find()[0] == tmp_path / "MeissonFlow/Meissonic"
-    monkeypatch.setattr(sample, "cached", lambda repo, dtype: None)
-    monkeypatch.setattr(sample, "fetch", lambda repo, dtype: tmp_path / "fetched" / repo)
+    monkeypatch.setattr("pipeline.cached", lambda repo, dtype: None)
+    monkeypatch.setattr("pipeline.fetch", lambda repo, dtype: tmp_path / "fetched" / repo)
     assert find()[0] == tmp_path / "fetched" / "MeissonFlow/Meissonic"
 
     def refuse(repo, dtype):
         raise sample.UserError("the network is down")
-    monkeypatch.setattr(sample, "fetch", refuse)
+    monkeypatch.setattr("pipeline.fetch", refuse)
     folder, why = find()
     assert folder == sample.BUNDLED and "shapes" in why and "the network is down" in why
 
 
 def test_names_of_models(monkeypatch):
     seen = []
-    monkeypatch.setattr(sample, "cached", lambda repo, dtype: seen.append(repo) or Path(repo))
+    monkeypatch.setattr("pipeline.cached", lambda repo, dtype: seen.append(repo) or Path(repo))
     for name in ("meissonic", "monetico", "somebody/something-1.0_x"):
         sample.find_model(name, torch.device("cpu"), torch.float32)
     assert seen == ["MeissonFlow/Meissonic", "Collov-Labs/Monetico", "somebody/something-1.0_x"]
@@ -495,15 +497,15 @@ def weights(half=(), full=PARTS):
 def test_hub_files_of_a_repository_with_twins(half):
     """All parts once: twins for 16 bits, but the text encoder in full (its twin is faulty)."""
     names = NEEDED + SURPLUS + weights(half=PARTS)
-    assert sorted(sample.hub_files(names, torch.float32)) == sorted(NEEDED + weights())
-    assert sorted(sample.hub_files(names, half)) == sorted(
+    assert sorted(hub_files(names, torch.float32)) == sorted(NEEDED + weights())
+    assert sorted(hub_files(names, half)) == sorted(
         NEEDED + weights(half=("transformer", "vqvae"), full=("text_encoder",)))
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
 def test_hub_files_of_a_repository_with_one_form(dtype):
     for stored in (weights(), weights(half=PARTS, full=()), weights(half=("vqvae",), full=("transformer", "text_encoder"))):
-        assert sorted(sample.hub_files(NEEDED + SURPLUS + stored, dtype)) == sorted(NEEDED + stored)
+        assert sorted(hub_files(NEEDED + SURPLUS + stored, dtype)) == sorted(NEEDED + stored)
 
 
 SHARDS = [f"transformer/diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
@@ -514,14 +516,14 @@ INDEX = "transformer/diffusion_pytorch_model.safetensors.index"
 def test_hub_files_of_shards():
     rest = NEEDED + weights(full=("vqvae", "text_encoder"))
     names = rest + SURPLUS + SHARDS + HALVES + [f"{INDEX}.json", f"{INDEX}.fp16.json"]
-    assert sorted(sample.hub_files(names, torch.float32)) == sorted(rest + SHARDS + [f"{INDEX}.json"])
-    assert sorted(sample.hub_files(names, torch.float16)) == sorted(rest + HALVES + [f"{INDEX}.fp16.json"])
+    assert sorted(hub_files(names, torch.float32)) == sorted(rest + SHARDS + [f"{INDEX}.json"])
+    assert sorted(hub_files(names, torch.float16)) == sorted(rest + HALVES + [f"{INDEX}.fp16.json"])
 
 
 def test_hub_files_takes_what_would_be_read():
     """Beside a whole file neither its shards nor other weights of the folder are needed."""
     names = NEEDED + weights() + SHARDS + [f"{INDEX}.json", "transformer/ema.safetensors"]
-    assert sorted(sample.hub_files(names, torch.float32)) == sorted(NEEDED + weights())
+    assert sorted(hub_files(names, torch.float32)) == sorted(NEEDED + weights())
 
 
 def fill_cache(home, repo="somebody/something"):
@@ -547,9 +549,9 @@ def test_a_cache_that_lacks_a_file_is_not_used(tmp_path, monkeypatch, gone):
     """An interrupted download is gone on with, not mistaken for a model."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     folder = fill_cache(tmp_path)
-    assert sample.cached("somebody/something", torch.float32) == folder
+    assert cached("somebody/something", torch.float32) == folder
     (folder / gone).unlink()
-    assert sample.cached("somebody/something", torch.float32) is None
+    assert cached("somebody/something", torch.float32) is None
 
 
 class Silent:
