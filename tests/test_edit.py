@@ -14,6 +14,8 @@ from PIL import Image, ImageSequence
 from test_sample import MODEL, SMALL, assert_refused, picture, tree
 
 import data
+import disk
+import editing
 import meissonic
 import sample
 from pipeline import DOUBTED, JUDGED, candidate_seed
@@ -64,7 +66,7 @@ def pixels(path):
 
 def as_read(path):
     """The pixels that an edit must bring back."""
-    return np.asarray(data.read_picture(path)[0])
+    return np.asarray(disk.read_picture(path)[0])
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -78,7 +80,7 @@ MASKS = st.builds(lambda h, w, seed, share: np.random.default_rng(seed).random((
 @given(MASKS, st.integers(1, 12), st.integers(1, 12))
 def test_a_cell_is_touched_if_any_of_its_pixels_is(mask, h, w):
     """Against the definition: the pixel's square and the cell's share an area."""
-    found, (height, width) = sample.shrink(mask, h, w), mask.shape
+    found, (height, width) = editing.shrink(mask, h, w), mask.shape
     assert found.shape == (h, w)
     for i in range(h):
         for j in range(w):
@@ -90,14 +92,14 @@ def test_a_cell_is_touched_if_any_of_its_pixels_is(mask, h, w):
 @settings(deadline=None)
 @given(MASKS, st.integers(0, 6))
 def test_a_feather_lies_inside_the_mask(mask, feather):
-    soft = np.asarray(sample.feathered(mask, feather))
+    soft = np.asarray(editing.feathered(mask, feather))
     assert ((soft == 0) == ~mask).all()
     if feather == 0 or mask.all():
         assert (soft[mask] == 255).all()
 
 
 def test_a_feather_rises_over_its_pixels():
-    soft = np.asarray(sample.feathered(box(40, 40, 10, 10, 40, 40), 3))
+    soft = np.asarray(editing.feathered(box(40, 40, 10, 10, 40, 40), 3))
     assert soft[25, 8:16].tolist() == [0, 0, 64, 128, 191, 255, 255, 255] and soft[25, 39] == 255
 
 
@@ -106,10 +108,10 @@ def test_a_feather_rises_over_its_pixels():
 def test_inpainting_any_mask(pipeline, mask, mode, feather, seed):
     """Pixels outside are the picture's, byte for byte; tokens that it does not touch stay, the others are masked."""
     original = noise(mask.shape[1], mask.shape[0], mode, seed)
-    edit, size = sample.Edit(original, mask, feather), (64, 96)
+    edit, size = editing.Edit(original, mask, feather), (64, 96)
     start = edit.start(pipeline, ["x"], [seed], size)[0]
-    whole = sample.Edit(original, strength=0).start(pipeline, ["x"], [seed], size)[0]
-    touched = torch.from_numpy(sample.shrink(mask, *start.shape))
+    whole = editing.Edit(original, strength=0).start(pipeline, ["x"], [seed], size)[0]
+    touched = torch.from_numpy(editing.shrink(mask, *start.shape))
     assert ((start == 71) == touched).all() and (start[~touched] == whole[~touched]).all()
     done = edit.finish(noise(*size, seed=seed + 1))
     assert done.size == original.size and done.mode == mode
@@ -189,7 +191,7 @@ def test_strength(pipeline):
     plain, = pipeline.decode(pipeline.encode_picture(original))
     masks, far = [], []
     for strength in (0, 0.25, 0.5, 0.75, 1):
-        edit = sample.Edit(original, strength=strength)
+        edit = editing.Edit(original, strength=strength)
         tokens = edit.start(pipeline, ["a star"] * 2, [0, 1], (256, 256))
         made = pipeline(["a star"] * 2, [0, 1], size=(256, 256), tokens=tokens, steps=edit.steps(8))
         masks.append(tokens == 71)
@@ -197,7 +199,7 @@ def test_strength(pipeline):
     assert far[0] < 0.01 and (np.diff(far) > 0).all(), far                    # at 0 but for rounding
     assert [m[0].sum().item() for m in masks] == [0, 64, 128, 192, 256]
     assert all((a <= b).all() for a, b in zip(masks, masks[1:])) and (masks[1][0] != masks[1][1]).any()
-    assert [sample.Edit(original, strength=s).steps(8) for s in (0, 0.5, 1)] == [1, 4, 8]
+    assert [editing.Edit(original, strength=s).steps(8) for s in (0, 0.5, 1)] == [1, 4, 8]
 
 
 @pytest.mark.parametrize("convention", ("step", "rate", "rate1000"))
@@ -255,7 +257,7 @@ def test_a_change_of_opinion(convention):
 
 
 def test_mask_free_editing_redraws_where_opinion_changes(pipeline):
-    edit = sample.Edit(noise(128, 128), strength=0.3, source="a heart")
+    edit = editing.Edit(noise(128, 128), strength=0.3, source="a heart")
     tokens = edit.start(pipeline, ["a star", "a heart"], [0, 1], (128, 128))
     whole = pipeline.encode_picture(edit.picture)
     rank = edit.rank(pipeline, whole.repeat(2, 1, 1), ["a star", "a heart"], [0, 1], None)
@@ -290,7 +292,7 @@ def test_edits_of_the_world(kind, seed):
 def test_the_score_of_edits(cli, pipeline):
     status, out, _ = cli(*SMALL, "--score-edits", 1)
     assert status == 0 and [line.split()[0] for line in out.splitlines()[3:]] == list(data.EDITS) and tree(".") == []
-    table = sample.score_edits(pipeline, 2, strength=0, size=(64, 64), steps=1, progress=iter)
+    table = editing.score_edits(pipeline, 2, strength=0, size=(64, 64), steps=1, progress=iter)
     assert all(free == plain for free, plain in table.values())               # nothing redrawn: the same either way
 
 

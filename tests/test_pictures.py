@@ -18,6 +18,7 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 import data
+import disk
 
 CORNERS = [(220, 20, 30), (20, 160, 40), (30, 60, 220), (240, 210, 20)]     # upper left and right, lower left and right
 
@@ -97,14 +98,14 @@ def captions(pictures):
 def read(folder, raw, name="a.jpg", **options):
     """The picture that the bytes of one captioned file give."""
     write(folder, {name: raw, f"{name.rsplit('.', 1)[0]}.txt": "a"})
-    picture, caption, score = data.Pictures(folder, **options)[0]
+    picture, caption, score = disk.Pictures(folder, **options)[0]
     assert (picture.mode, type(picture), caption, score) == ("RGB", Image.Image, "a", None)
     return picture
 
 
 def refusal(folder, raw, name="a.jpg", **options):
     """The message with which those bytes are refused: one line that begins with the path of the file."""
-    with pytest.raises(data.PictureError) as caught:
+    with pytest.raises(disk.PictureError) as caught:
         read(folder, raw, name, **options)
     message = str(caught.value)
     assert message.startswith(f"{folder / name}: ") and "\n" not in message and len(message) > len(f"{folder / name}: ")
@@ -112,8 +113,8 @@ def refusal(folder, raw, name="a.jpg", **options):
 
 
 def source_error(source):
-    with pytest.raises(data.SourceError) as caught:
-        data.Pictures(source)
+    with pytest.raises(disk.SourceError) as caught:
+        disk.Pictures(source)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -140,8 +141,8 @@ def test_all_sources_agree(tmp_path):
     write_tar(tmp_path / "shards" / "1.tar", pairs[6:])
     sources = [tmp_path / n for n in ("folder", "lines", "one.tar", "shards")]
     sources += [str(tmp_path / "sh*" / "?.tar"), str(tmp_path / "folder")]
-    read = [contents(data.Pictures(source)) for source in sources]
-    assert captions(data.Pictures(sources[0])) == [f"picture {i}" for i in range(5)]
+    read = [contents(disk.Pictures(source)) for source in sources]
+    assert captions(disk.Pictures(sources[0])) == [f"picture {i}" for i in range(5)]
     assert [len(pixels[0]) for pixels, _, _ in read[0]] == [20 + i for i in range(5)]
     assert all(one == read[0] for one in read)
     assert read[0][1][0] == noise(1, 21).tolist()                      # a PNG, to the pixel
@@ -154,17 +155,17 @@ def test_the_order_is_that_of_the_names(tmp_path, monkeypatch):
     write(tmp_path / "d", files)
     walk = os.walk
     monkeypatch.setattr(os, "walk", lambda *a, **k: reversed([(w, d, n[::-1]) for w, d, n in walk(*a, **k)]))
-    turned = captions(data.Pictures(tmp_path / "d"))
+    turned = captions(disk.Pictures(tmp_path / "d"))
     monkeypatch.undo()
     wanted = ["0", "Z", "a", "b-1", "b/10", "b/2", "b/c/0"]
-    assert turned == captions(data.Pictures(tmp_path / "d")) == wanted
-    assert captions(data.Pictures(write_tar(tmp_path / "t.tar", files))) == wanted
+    assert turned == captions(disk.Pictures(tmp_path / "d")) == wanted
+    assert captions(disk.Pictures(write_tar(tmp_path / "t.tar", files))) == wanted
 
 
 def test_a_folder(tmp_path):
     """Endings in capitals, dots in names; hidden files and other files count for nothing."""
     picture = encoded(noise(0))
-    found = data.Pictures(write(tmp_path, {
+    found = disk.Pictures(write(tmp_path, {
         "A.JPG": picture, "A.TXT": "capitals", "v1.a.png": picture, "v1.a.txt": "one", "v1.b.png": picture, "v1.b.txt": "two",
         "deep/er/x.tiff": picture, "deep/er/x.txt": "deep", ".hidden.png": picture, ".hidden.txt": "no", ".git/y.png": picture,
         ".git/y.txt": "no", "README.txt": "no picture", "A.json": "[]", "list.csv": "no", "deep/x.txt": "no picture",
@@ -184,7 +185,7 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    found = data.Pictures(tmp_path)
+    found = disk.Pictures(tmp_path)
     assert len(found) == 1 and found.skipped == [f"{tmp_path / 'shut'}: Permission denied"]
 
 
@@ -201,7 +202,7 @@ def test_metadata(tmp_path):
     folder = write(tmp_path / "d", {"a.png": picture, "in/b.png": picture, "c.png": picture, "u.png": picture,
                                     "u.txt": "not listed", "metadata.jsonl": "\ufeff" + "\r\n".join(lines) + "\r\n"})
     write(tmp_path, {"out.png": picture})
-    found = data.Pictures(folder)
+    found = disk.Pictures(folder)
     assert [(c, s) for _, c, s in found] == [("an ä\u2028b", 6.0), ("half ?", None), ("again", None), ("", 5.5)]
     assert type(found[0][2]) is float
     reasons = [line.rsplit(": ", 1)[1] for line in found.skipped]
@@ -235,19 +236,19 @@ def test_sources_that_cannot_be_used(tmp_path):
         message = source_error(source)
         assert message.startswith(f"{source}: ") and reason in message
     assert f"{folder / 'a.png'}: no caption" in source_error(folder)
-    assert issubclass(data.SourceError, ValueError) and issubclass(data.PictureError, ValueError)
+    assert issubclass(disk.SourceError, ValueError) and issubclass(disk.PictureError, ValueError)
 
 
 def test_metadata_that_cannot_be_opened(tmp_path, monkeypatch):
     write(tmp_path, {"metadata.jsonl": "{}"})
-    monkeypatch.setattr(data.File, "read", lambda self: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    monkeypatch.setattr(disk.File, "read", lambda self: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
     assert "Permission denied" in source_error(tmp_path)
 
 
 def test_special_characters_in_a_folder_name(tmp_path):
     folder = tmp_path / "[1] *x"
     write_tar(folder / "a.tar", samples(2))
-    assert captions(data.Pictures(folder)) == captions(data.Pictures(folder / "a.tar")) == ["picture 0", "picture 1"]
+    assert captions(disk.Pictures(folder)) == captions(disk.Pictures(folder / "a.tar")) == ["picture 0", "picture 1"]
 
 
 def test_a_name_that_is_no_text(tmp_path):
@@ -256,8 +257,8 @@ def test_a_name_that_is_no_text(tmp_path):
     for name, content in ((b"\xff.png", b"x"), (b"\xff.txt", b"a"), (b"\xfe.png", b"x")):
         with open(folder + b"/" + name, "wb") as file:
             file.write(content)
-    found = data.Pictures(tmp_path / "d")
-    with pytest.raises(data.PictureError) as caught:
+    found = disk.Pictures(tmp_path / "d")
+    with pytest.raises(disk.PictureError) as caught:
         found[0]
     assert f"{caught.value} {found.skipped}".encode() and found.skipped[0].endswith(".png: no caption")
 
@@ -276,7 +277,7 @@ def test_members_that_belong_together(tmp_path):
         ("4.png", picture), ("5.txt", "x"), ("._3.png", b"junk of a Mac"), ("6.jpg", b"an old one"), ("6.txt", "old"),
         ("6.jpg", picture), ("6.txt", "new"), ("7.cls", "3"), ("8.jpg", picture), ("8.txt", ""),
         ("8.json", '{"text": null, "score": 1}')])
-    found = data.Pictures(path)
+    found = disk.Pictures(path)
     assert [(c, s) for _, c, s in found] == [("two", None), ("a", 7.5), ("new", None), ("", 1.0), ("nought", None),
                                              ("one", 4.0), ("dotted folder", None)]
     assert sorted(found.skipped) == [f"{path}: 3.mask.png: 3.png has the same caption", f"{path}: 4.png: no caption"]
@@ -295,7 +296,7 @@ def test_members_that_are_no_files(tmp_path):
 def test_the_same_names_in_two_tars(tmp_path):
     for i in range(2):
         write_tar(tmp_path / f"{i}.tar", {"a.png": encoded(noise(i)), "a.txt": f"of {i}"})
-    found = data.Pictures(tmp_path)
+    found = disk.Pictures(tmp_path)
     assert captions(found) == ["of 0", "of 1"]
     assert [np.array_equal(found[i][0], noise(i)) for i in range(2)] == [True, True]
 
@@ -308,18 +309,18 @@ def test_tar_formats_and_long_names(tmp_path, format):
             member = tarfile.TarInfo(name + end)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
-    found = data.Pictures(tmp_path / "a.tar")
+    found = disk.Pictures(tmp_path / "a.tar")
     assert captions(found) == ["long"] and found.skipped == []
 
 
 def test_access_at_random(tmp_path, monkeypatch):
     """A tar is gone through once; afterwards one picture costs its own bytes, in any order, in any process or thread."""
     files = samples(8)
-    path, wanted = write_tar(tmp_path / "a.tar", files), contents(data.Pictures(write(tmp_path / "d", files)))
-    found = data.Pictures(path)
+    path, wanted = write_tar(tmp_path / "a.tar", files), contents(disk.Pictures(write(tmp_path / "d", files)))
+    found = disk.Pictures(path)
     monkeypatch.setattr(tarfile, "open", None)
-    took, read = [], data.File.read
-    monkeypatch.setattr(data.File, "read", lambda self: (lambda raw: took.append(len(raw)) or raw)(read(self)))
+    took, read = [], disk.File.read
+    monkeypatch.setattr(disk.File, "read", lambda self: (lambda raw: took.append(len(raw)) or raw)(read(self)))
     picture, caption, score = found[5]
     assert (np.asarray(picture).tolist(), caption, score) == wanted[5]
     assert sorted(took) == sorted([len(files["005.png"]), len(files["005.txt"])])
@@ -339,7 +340,7 @@ def test_a_tar_cut_anywhere(tmp_path_factory, draw):
     """What was whole before the cut is read as ever, the rest is not there, and the tar is named."""
     folder = tmp_path_factory.mktemp("cut")
     path = write_tar(folder / "a.tar", samples(4))
-    whole = contents(data.Pictures(path))
+    whole = contents(disk.Pictures(path))
     with tarfile.open(path) as tar:
         ends = {m.name: m.offset_data + m.size for m in tar}
         end = max(-(-e // 512) * 512 for e in ends.values())
@@ -349,7 +350,7 @@ def test_a_tar_cut_anywhere(tmp_path_factory, draw):
     if not left:
         assert "not a whole uncompressed tar" in source_error(path)
         return
-    found = data.Pictures(path)
+    found = disk.Pictures(path)
     assert contents(found) == [whole[i] for i in left]
     assert sum(line.startswith(f"{path}: not a whole uncompressed tar") for line in found.skipped) == 1
 
@@ -366,10 +367,10 @@ def test_a_damaged_tar(tmp_path_factory, draw):
         raw[draw.draw(st.sampled_from(heads)) + draw.draw(st.integers(0, 511))] = draw.draw(st.integers(0, 255))
     (folder / "a.tar").write_bytes(raw)
     try:
-        found = data.Pictures(folder / "a.tar")
+        found = disk.Pictures(folder / "a.tar")
         for i in range(len(found)):
             found[i]
-    except (data.SourceError, data.PictureError) as e:
+    except (disk.SourceError, disk.PictureError) as e:
         assert str(folder / "a.tar") in str(e)
 
 
@@ -383,7 +384,7 @@ def test_a_header_with_a_negative_size(tmp_path):
     raw[head + 148:head + 156] = b" " * 8
     raw[head + 148:head + 156] = b"%06o\0 " % sum(raw[head:head + 512])
     path.write_bytes(raw)
-    found = data.Pictures(path)
+    found = disk.Pictures(path)
     assert captions(found) == ["picture 0"] and "001.png" in found.skipped[0]
 
 
@@ -391,7 +392,7 @@ def test_one_bad_tar_among_good_ones(tmp_path):
     write_tar(tmp_path / "0.tar", samples(2))
     write(tmp_path, {"1.tar": b"no tar" * 1000, "2.tar": b""})
     write_tar(tmp_path / "3.tar", samples(2))
-    found = data.Pictures(tmp_path)
+    found = disk.Pictures(tmp_path)
     assert captions(found) == ["picture 0", "picture 1"] * 2
     assert [line.split(": ")[0] for line in found.skipped] == [str(tmp_path / "1.tar"), str(tmp_path / "2.tar")]
 
@@ -402,16 +403,16 @@ def test_members_that_are_broken_are_named(tmp_path):
         "0.png": picture[:len(picture) // 2], "0.txt": "x", "1.png": picture, "1.json": "{",
         "2.png": picture, "2.json": '{"score": 3}',
         "3.png": picture, "3.json": '{"text": "x", "score": "high"}', "4.png": picture, "4.txt": "good"})
-    found, messages = data.Pictures(path), []
+    found, messages = disk.Pictures(path), []
     for i in range(4):
-        with pytest.raises(data.PictureError) as caught:
+        with pytest.raises(disk.PictureError) as caught:
             found[i]
         messages.append(str(caught.value).removeprefix(f"{path}: "))
     assert messages[0].startswith("0.png: ") and messages[1:] == [
         "1.json: not a JSON object", "2.json: no text or caption in it", "3.json: score 'high' is not a number"]
     assert found[4][1] == "good"
     path.unlink()
-    with pytest.raises(data.PictureError, match="4.txt: No such file"):
+    with pytest.raises(disk.PictureError, match="4.txt: No such file"):
         found[4]
 
 
@@ -425,7 +426,7 @@ def test_members_that_are_broken_are_named(tmp_path):
 def test_captions(tmp_path, raw, caption):
     files = {"a.png": encoded(noise(0)), "a.txt": raw}
     for source in (write(tmp_path / "d", files), write_tar(tmp_path / "a.tar", files)):
-        assert captions(data.Pictures(source)) == [caption]
+        assert captions(disk.Pictures(source)) == [caption]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -639,11 +640,11 @@ def test_files_that_are_no_pictures(tmp_path):
 
 def test_files_that_went_away(tmp_path):
     write(tmp_path, {"a.png": encoded(noise(0)), "a.txt": "a", "b.png": encoded(noise(0)), "b.txt": "b"})
-    found = data.Pictures(tmp_path)
+    found = disk.Pictures(tmp_path)
     (tmp_path / "a.txt").unlink()
     (tmp_path / "b.png").unlink()
     for i, name in enumerate(("a.txt", "b.png")):
-        with pytest.raises(data.PictureError) as caught:
+        with pytest.raises(disk.PictureError) as caught:
             found[i]
         assert str(caught.value) == f"{tmp_path / name}: No such file or directory"
 
@@ -700,10 +701,10 @@ def test_damaged_bytes(tmp_path_factory, kind, changes, cut, whole):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         try:
-            picture, _, _ = data.Pictures(folder / "fuzz")[0]
+            picture, _, _ = disk.Pictures(folder / "fuzz")[0]
             assert picture.mode == "RGB" and min(picture.size) >= 16
             assert np.asarray(picture).shape == (picture.height, picture.width, 3)
-        except data.PictureError as e:
+        except disk.PictureError as e:
             assert str(e).startswith(f"{folder / 'fuzz' / 'a.jpg'}: ") and "\n" not in str(e)
 
 
@@ -727,8 +728,8 @@ def test_decoding_near_a_size(tmp_path, size, near, wanted):
     full, small = read(tmp_path, raw), read(tmp_path, raw, near=near)
     assert (full.size, small.size) == (size, wanted)
     assert full.info["original"] == small.info["original"] == size[::-1]
-    a, conditions = data.crop(full, near, np.random.default_rng(0))
-    b, same = data.crop(small, near, np.random.default_rng(0))
+    a, conditions = disk.crop(full, near, np.random.default_rng(0))
+    b, same = disk.crop(small, near, np.random.default_rng(0))
     assert conditions[:2] == same[:2] == size[::-1] and np.abs(np.subtract(conditions[2:], same[2:])).max() <= 1
     assert np.abs(a.astype(int) - b).mean() < 3
     assert read(tmp_path, encoded(smooth(*size)), near=near).size == size        # not a JPEG: as it is
@@ -739,7 +740,7 @@ def test_decoding_near_a_size(tmp_path, size, near, wanted):
 def test_crop_is_a_piece_of_the_whole(width, height, size, seed):
     """Against the whole picture resized, then cut at the corner that crop names."""
     picture = Image.fromarray(smooth(width, height))
-    square, (oh, ow, top, left) = data.crop(picture, size, np.random.default_rng(seed))
+    square, (oh, ow, top, left) = disk.crop(picture, size, np.random.default_rng(seed))
     assert square.shape == (size, size, 3) and square.dtype == np.uint8 and (oh, ow) == (height, width)
     whole = [round(side * size / min(width, height)) for side in (width, height)]
     assert 0 <= left <= whole[0] - size and 0 <= top <= whole[1] - size
@@ -754,24 +755,24 @@ def test_crop_places(tmp_path):
     high = wide.transpose(Image.Transpose.TRANSPOSE)
     seen = set()
     for seed in range(150):
-        square, conditions = data.crop(wide, 32, np.random.default_rng(seed))
-        again, same = data.crop(wide, 32, np.random.default_rng(seed))
+        square, conditions = disk.crop(wide, 32, np.random.default_rng(seed))
+        again, same = disk.crop(wide, 32, np.random.default_rng(seed))
         assert np.array_equal(square, again) and conditions == same
         assert conditions[:3] == (32, 40, 0) and square[0, 0, 0] == 6 * conditions[3]
         assert all(type(c) is int for c in conditions)
         seen.add(conditions[3])
-        square, (height, width, top, left) = data.crop(high, 32, np.random.default_rng(seed))
+        square, (height, width, top, left) = disk.crop(high, 32, np.random.default_rng(seed))
         assert (height, width, left) == (40, 32, 0) and square[0, 0, 0] == 6 * top
     assert seen == set(range(9))
     rng = np.random.default_rng(0)
-    assert len({data.crop(wide, 32, rng)[1] for _ in range(50)}) > 5    # and goes on with the generator
-    data.crop(wide, 32, rng)[0][:] = 0                                  # the pixels are the caller's own
+    assert len({disk.crop(wide, 32, rng)[1] for _ in range(50)}) > 5    # and goes on with the generator
+    disk.crop(wide, 32, rng)[0][:] = 0                                  # the pixels are the caller's own
 
 
 def test_crop_reduces_without_aliasing():
     """A board of black and white pixels is grey from afar."""
     board = Image.fromarray((np.indices((512, 640)).sum(0) % 2 * 255).astype(np.uint8)).convert("RGB")
-    close(data.crop(board, 32, np.random.default_rng(0))[0], np.full((32, 32, 3), 127.5), by=4)
+    close(disk.crop(board, 32, np.random.default_rng(0))[0], np.full((32, 32, 3), 127.5), by=4)
 
 
 @pytest.mark.parametrize("size", ((2000, 40), (40, 2000), (80_000, 16), (16, 80_000), (1, 50)))
@@ -779,7 +780,7 @@ def test_crop_of_a_strip(size):
     """Resized whole, 80000 x 16 would be 2560000 x 512 pixels."""
     strip = Image.new("RGB", size, (10, 200, 30))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    square, conditions = data.crop(strip, 512, np.random.default_rng(0))
+    square, conditions = disk.crop(strip, 512, np.random.default_rng(0))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 60_000                         # kB
     close(square, np.full((512, 512, 3), (10, 200, 30)))
     assert conditions[:2] == size[::-1] and max(conditions[2:]) > 0 and min(conditions[2:]) == 0
@@ -788,5 +789,5 @@ def test_crop_of_a_strip(size):
 def test_crop_of_the_world_of_shapes():
     """Drawn at the size that is asked for: not a pixel is changed."""
     picture, _, _ = data.example(np.random.default_rng(0), 64)
-    square, conditions = data.crop(picture, 64, np.random.default_rng(0))
+    square, conditions = disk.crop(picture, 64, np.random.default_rng(0))
     assert np.array_equal(square, picture) and conditions == (64, 64, 0, 0)

@@ -11,9 +11,12 @@ from safetensors.torch import load_file, save_file
 from test_train import SIZE, command, losses, shrink, start, tiny_batch, tiny_student
 
 import data
+import dataset
+import disk
 import meissonic
 import sample
 import train
+import train_vq
 import trainer
 import vq
 
@@ -194,7 +197,7 @@ def test_training_on_a_folder(base, tmp_path, capsys):
     """A broken picture is skipped, counted and named; the others are trained on, with their sizes as conditions."""
     out = train_on(base, tmp_path / "run", "--stage", "1", "--steps", "2", "--data", photos(tmp_path / "photos", broken=(3, 7)))
     assert len(losses(out, "1")) == 2
-    tokens = train.Tokens(train.token_folder(trainer.Run(out, train.PRESETS["shapes"]), "1"))
+    tokens = dataset.Tokens(dataset.token_folder(trainer.Run(out, train.PRESETS["shapes"]), "1"))
     assert len(tokens) == 10
     _, _, micro = tokens[np.arange(10)]
     assert (micro == torch.tensor([40.0, 40, 0, 0, data.CLEAN])).all()
@@ -206,7 +209,7 @@ def test_training_on_a_folder(base, tmp_path, capsys):
 
 def test_an_interrupted_encode_loses_nothing(base, tmp_path, monkeypatch):
     """Stopped in the third file, then resumed: the first two are not made again, and all are as uninterrupted."""
-    monkeypatch.setattr(train.encode, "__defaults__", (16,))
+    monkeypatch.setattr(dataset.encode, "__defaults__", (16,))
     whole = train_on(base, tmp_path / "whole", "--stage", "1", "--encode")
     read, calls = data.training_example, []
 
@@ -233,10 +236,10 @@ def test_an_interrupted_encode_loses_nothing(base, tmp_path, monkeypatch):
 
 def test_readers_of_their_own_give_the_same(base, tmp_path, monkeypatch):
     """Pictures that other processes read: the same files, and the same are skipped."""
-    monkeypatch.setattr(train.encode, "__defaults__", (5,))
+    monkeypatch.setattr(dataset.encode, "__defaults__", (5,))
     folder, made = photos(tmp_path / "photos", broken=(3, 7)), []
     for name, many in (("alone", 1000), ("readers", 1)):
-        monkeypatch.setattr(train, "MANY", many)
+        monkeypatch.setattr(dataset, "MANY", many)
         out = train_on(base, tmp_path / name, "--stage", "1", "--encode", "--data", folder)
         made.append([load_file(path) for path in sorted((out / "tokens" / "1").iterdir())])
         assert len((out / "skipped.txt").read_text().splitlines()) == 2
@@ -262,18 +265,18 @@ def test_tokens_are_made_again_for_another_model_alone(base, tmp_path):
 
 def test_a_mended_caption_or_picture_is_encoded_again(base, tmp_path, monkeypatch):
     """And the files of the others are kept."""
-    monkeypatch.setattr(train.encode, "__defaults__", (4,))
+    monkeypatch.setattr(dataset.encode, "__defaults__", (4,))
     folder = photos(tmp_path / "photos")
     arguments = "--stage", "1", "--encode", "--data", folder
     files = sorted((train_on(base, tmp_path / "run", *arguments) / "tokens" / "1").iterdir())
     stamps = lambda: [p.stat().st_mtime_ns for p in files]
     before = stamps()
     (folder / "005.txt").write_text("a star")
-    train.data._size_and_time.cache_clear()                                                  # as another process would see it
+    disk._size_and_time.cache_clear()                                                  # as another process would see it
     command("--out", tmp_path / "run", *arguments)
     assert [a == b for a, b in zip(before, stamps())] == [True, False, True]
     Image.new("RGB", (40, 40), "red").save(folder / "009.png")
-    train.data._size_and_time.cache_clear()
+    disk._size_and_time.cache_clear()
     command("--out", tmp_path / "run", *arguments)
     assert [a == b for a, b in zip(before, stamps())] == [True, False, False]
 
@@ -302,11 +305,11 @@ def test_a_sheet_of_ones_own_captions(base, tmp_path, monkeypatch):
 
 def test_each_example_comes_once_in_a_pass():
     for batch, number in ((8, 30), (7, 20), (16, 10)):
-        seen = np.concatenate([train.examples([0, 0], i, batch, number) for i in range(4 * number)])
+        seen = np.concatenate([dataset.examples([0, 0], i, batch, number) for i in range(4 * number)])
         for epoch in range(len(seen) // number):
             assert sorted(seen[epoch * number:(epoch + 1) * number]) == list(range(number))
         assert not np.array_equal(seen[:number], seen[number:2 * number])
-    assert not np.array_equal(train.examples([0, 0], 0, 8, 30), train.examples([0, 1], 0, 8, 30))
+    assert not np.array_equal(dataset.examples([0, 0], 0, 8, 30), dataset.examples([0, 1], 0, 8, 30))
 
 
 def test_tokens_are_read_across_files(tmp_path):
@@ -315,7 +318,7 @@ def test_tokens_are_read_across_files(tmp_path):
                   text=torch.arange(n * 3, dtype=torch.int32).view(n, 3), micro=torch.rand(n, 5)) for n in (3, 1, 4)]
     for i, part in enumerate(parts):
         save_file(part, tmp_path / f"{i}.safetensors")
-    tokens = train.Tokens(tmp_path)
+    tokens = dataset.Tokens(tmp_path)
     index = np.array([7, 0, 3, 2, 4])
     got = tokens[index]
     for key, value in zip(("tokens", "text", "micro"), got):
@@ -556,7 +559,7 @@ def test_the_benchmark_prints_a_table(tmp_path, capsys, monkeypatch):
 def test_the_critic_learns_apart_from_the_decoder():
     """The discriminator's gradient is the hinge's alone, the decoder's has none of the hinge."""
     torch.manual_seed(0)
-    student = train.VQStudent(vq.VQModel(vq.Config(**train.MODELS["shapes"]["vq"])))
+    student = train_vq.VQStudent(vq.VQModel(vq.Config(**train.MODELS["shapes"]["vq"])))
     images = torch.rand(4, 3, SIZE, SIZE)
     seen = []
     hook = student.critic.register_forward_hook(lambda module, inputs, out: seen.append(inputs[0].detach()))

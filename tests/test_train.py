@@ -19,9 +19,11 @@ from safetensors.torch import load_file
 
 import clip
 import data
+import dataset
 import meissonic
 import sample
 import train
+import train_vq
 import trainer
 import vq
 
@@ -56,7 +58,7 @@ def test_learning_rate():
 def test_k_means_finds_clusters():
     g = torch.Generator().manual_seed(0)
     points = (10 * torch.eye(4)[:, None] + 0.1 * torch.randn(4, 50, 4, generator=g)).flatten(0, 1)
-    centres = train.k_means(points, 8, np.random.default_rng(0))
+    centres = train_vq.k_means(points, 8, np.random.default_rng(0))
     assert centres.shape == (8, 4) and centres.isfinite().all()
     distance = torch.cdist(points, centres).min(1).values
     assert distance.max() < 1
@@ -64,7 +66,7 @@ def test_k_means_finds_clusters():
 
 def test_k_means_with_fewer_points_than_centres():
     points = torch.randn(5, 3)
-    centres = train.k_means(points, 16, np.random.default_rng(0))
+    centres = train_vq.k_means(points, 16, np.random.default_rng(0))
     assert centres.shape == (16, 3) and centres.isfinite().all() and torch.cdist(points, centres).min(1).values.max() < 1
 
 
@@ -72,8 +74,8 @@ def test_a_wired_encoder_sees_its_patch_alone():
     """Its latents are the patches' principal components, whatever stands beside them, and it is not trained."""
     model = vq.VQModel(vq.Config(**train.MODELS["cpu"]["vq"])).eval()
     rng = np.random.default_rng(0)
-    images = train.pixels(np.stack([np.asarray(data.example(rng, 64)[0]) for _ in range(40)]))
-    train.wire(model, images)
+    images = dataset.pixels(np.stack([np.asarray(data.example(rng, 64)[0]) for _ in range(40)]))
+    train_vq.wire(model, images)
     latent = model.latent(images)                                                            # (40, 24, 16, 16)
     patches = images.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).flatten(3)    # (40, 16, 16, 48)
     assert latent.square().sum() > 0.99 * patches.square().sum()                             # lengths are kept
@@ -86,10 +88,10 @@ def test_a_wired_encoder_sees_its_patch_alone():
 def test_a_code_is_two_colours_and_an_outline():
     """The codebook shows nearly all there is in flat pictures, in the order that its features say."""
     rng = np.random.default_rng(0)
-    images, others = (train.pixels(np.stack([np.asarray(data.example(rng, 64)[0]) for _ in range(n)])) for n in (200, 50))
-    book, features = train.two_tone(images, 8, 36, np.random.default_rng(0)), train.code_features(8, 36)
+    images, others = (dataset.pixels(np.stack([np.asarray(data.example(rng, 64)[0]) for _ in range(n)])) for n in (200, 50))
+    book, features = train_vq.two_tone(images, 8, 36, np.random.default_rng(0)), train_vq.code_features(8, 36)
     assert book.shape == (1016, 3, 4, 4) and features.shape == (1016, 8 + 28 + 36 + 1)
-    error = torch.cdist(train.patches_of(others).flatten(1), book.flatten(1)).square().amin(1).mean() / 48
+    error = torch.cdist(train_vq.patches_of(others).flatten(1), book.flatten(1)).square().amin(1).mean() / 48
     assert -10 * error.log10() > 30                                            # dB
     palette, pixels = book[-8:, :, 0, 0], book.flatten(2)                       # (8, 3), (1016, 3, 16)
     assert (book[-8:] == palette[..., None, None]).all() and (palette.sum(1).diff() > 0).all()
@@ -108,7 +110,7 @@ def test_a_code_is_two_colours_and_an_outline():
 
 def test_a_picture_of_too_few_colours():
     with pytest.raises(sample.UserError, match="2 colours.*wants 8"):
-        train.two_tone(torch.eye(16).expand(1, 3, 16, 16), 8, 36, np.random.default_rng(0))
+        train_vq.two_tone(torch.eye(16).expand(1, 3, 16, 16), 8, 36, np.random.default_rng(0))
 
 
 def test_codes_share_what_is_learned_of_their_features():
@@ -153,7 +155,7 @@ def test_the_preset_cpu(tmp_path, monkeypatch):
     tokens = model.encode(images)
     assert (tokens == tokens[0, 0, 0]).all() and tokens[0, 0, 0] >= 1008 and model.decode(tokens).isfinite().all()
     transformer = meissonic.Transformer.from_pretrained(tmp_path / "run" / "transformer")
-    features = train.code_features(8, 36).double()
+    features = train_vq.code_features(8, 36).double()
     for weight in (transformer.embed.embeddings.weight[:-1], transformer.mlm_layer.conv2.weight.flatten(1)):
         weight = weight.detach().double()
         told = features @ torch.linalg.lstsq(features, weight, driver="gelsd").solution
@@ -196,7 +198,7 @@ def test_revive_moves_unused_codes_to_the_data():
     used = torch.tensor([1.0, 0, 3, 0, 1, 1, 1, 0])
     before = book.clone()
     miss = torch.arange(20.0)
-    train.revive(book, used, latents, miss, np.random.default_rng(0))
+    train_vq.revive(book, used, latents, miss, np.random.default_rng(0))
     assert torch.equal(book[used > 0], before[used > 0])
     served_worst = latents[-4 * 3:]
     assert all((served_worst == row).all(1).any() for row in book[used == 0])
@@ -206,14 +208,14 @@ def test_distinct_keeps_one_point_of_each_cell():
     """A flat ground, seen 1000 times with a little noise, counts as few points; what is rare is kept."""
     g = torch.Generator().manual_seed(0)
     flat, rare = 0.01 * torch.randn(1000, 3, generator=g), 5 + torch.arange(12.0).reshape(4, 3)
-    kept = train.distinct(torch.cat((flat, rare)))
+    kept = train_vq.distinct(torch.cat((flat, rare)))
     assert len(kept) <= 12 and all((kept == row).all(1).any() for row in rare)
 
 
 def test_revive_with_nothing_to_do():
     book = torch.rand(4, 2)
     before = book.clone()
-    train.revive(book, torch.ones(4), torch.rand(9, 2), torch.rand(9), np.random.default_rng(0))
+    train_vq.revive(book, torch.ones(4), torch.rand(9, 2), torch.rand(9), np.random.default_rng(0))
     assert torch.equal(book, before)
 
 
@@ -326,7 +328,7 @@ def shrink(patch):
 TINY = """
 import os, sys
 sys.path[:0] = [{root!r}, {tests!r}]
-import pytest, test_train, train, trainer, vq
+import dataset, pytest, test_train, train, trainer, vq
 test_train.shrink(pytest.MonkeyPatch())
 if os.environ.get("KILL_AT_SAVE"):
     write, saves = vq.save_file, []
@@ -336,7 +338,7 @@ if os.environ.get("KILL_AT_SAVE"):
         if len(saves) == int(os.environ["KILL_AT_SAVE"]):
             os.truncate(path, 1000)
             os.kill(os.getpid(), 9)
-    train.save_file = trainer.save_file = save_and_die
+    dataset.save_file = trainer.save_file = save_and_die
 train.main(sys.argv[1:])
 """
 
@@ -514,14 +516,14 @@ def test_non_finite_steps_are_dropped_then_the_checkpoint_reloaded(run, tmp_path
     shrink(monkeypatch)
     out = tmp_path / "run"
     shutil.copytree(run / "tokenizer", out / "tokenizer")
-    forward, calls = train.VQStudent.forward, []
+    forward, calls = train_vq.VQStudent.forward, []
 
     def poisoned(self, images, quantise, adversary):
         calls.append(images)
         loss, *rest = forward(self, images, quantise, adversary)
         return (loss * (float("nan") if len(calls) in (5, 14, 15, 16) else 1), *rest)
 
-    monkeypatch.setattr(train.VQStudent, "forward", poisoned)
+    monkeypatch.setattr(train_vq.VQStudent, "forward", poisoned)
     command("--out", out, "--seed", 3, "--stage", "vq")
     events = [e for e in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "event" in e]
     assert [(e["step"], e["event"]) for e in events] == \
@@ -574,8 +576,8 @@ def test_codes_are_revived_alike_after_an_interruption(run, tmp_path, monkeypatc
     """The count of the codes in use since the last revival outlives a stop between two revivals."""
     shrink(monkeypatch)
     monkeypatch.setitem(train.PRESETS["shapes"], "vq", train.PRESETS["shapes"]["vq"] | dict(steps=130, adversary=130))
-    moved, revive = [], train.revive
-    monkeypatch.setattr(train, "revive", lambda book, used, *rest: (moved.append(int((used == 0).sum())), revive(book, used, *rest)))
+    moved, revive = [], train_vq.revive
+    monkeypatch.setattr(train_vq, "revive", lambda book, used, *rest: (moved.append(int((used == 0).sum())), revive(book, used, *rest)))
     for name in ("whole", "stopped"):
         shutil.copytree(run / "tokenizer", tmp_path / name / "tokenizer")
         arguments = "--out", tmp_path / name, "--stage", "vq"
