@@ -85,10 +85,12 @@ def critic(width=32):
 
 
 def train(run, config):
-    """From nothing a codebook collapses: the first `warm` steps train a plain autoencoder, then k-means over its
-    distinct latents gives the codebook. Codes that nobody used for 50 steps move to the latents served worst.
-    From step `adversary` on the discriminator takes part. With `patches` the encoder is wired, the codebook that of
-    `two_tone`, and the decoder alone learns."""
+    """Train a VQ model of `config` into the run's folder.
+
+    From nothing a codebook collapses: the first `warm` steps train a plain autoencoder, then k-means over its distinct
+    latents gives the codebook. Codes that nobody used for 50 steps move to the latents served worst. From step
+    `adversary` on the discriminator takes part. With `patches` the encoder is wired, the codebook that of `two_tone`, and
+    the decoder alone learns."""
     preset = run.stages["vq"]
     steps, batch, lr, warm, adversary = (preset[name] for name in ("steps", "batch", "lr", "warm", "adversary"))
     torch.manual_seed(run.seed)
