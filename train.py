@@ -72,7 +72,7 @@ PRESETS = {
         "3": dict(size=128, batch=64, steps=12_000, lr=6e-4, text=0.0, compress=True, pictures=400_000, concepts=0.2),
         "4": dict(size=128, batch=64, steps=3000, lr=1e-4, text=1.0, compress=True, pictures=100_000),
     },
-    "cpu": {                                                 # compressed from the start; tokens of patches (see wire, two_tone)
+    "cpu": {                                                 # compressed from the start; tokens of patches (train_vq.py)
         "text": dict(steps=4000, batch=64, lr=1e-3),
         "vq": dict(size=64, batch=32, steps=2400, lr=2e-3, warm=0, adversary=2400, pool=6000, concepts=0.2, odd=0.0, patches=(8, 36)),
         "1": dict(size=32, batch=64, steps=2000, lr=1.2e-3, text=0.0, compress=True, pictures=150_000, concepts=1.0, odd=0.0),
