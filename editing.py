@@ -111,10 +111,11 @@ def score_edits(pipeline, number=20, strength=None, progress=tqdm, **settings):
     for kind in progress(data.EDITS):
         rng, results = np.random.default_rng([0, data.EDITS.index(kind)]), []
         for seed in range(number):
-            task = data.sample_edit(rng, kind, side)
+            task, share = data.sample_edit(rng, kind, side), strength
             for source in (task.old, None):
-                edit = Edit(task.picture, strength=strength if source else edit.share, source=source)
+                edit = Edit(task.picture, strength=share, source=source)
                 tokens = edit.start(pipeline, [task.new], [seed], size, settings.get("score"))
+                share = edit.share                             # as many at random
                 picture, = pipeline([task.new], [seed], size=size, tokens=tokens, steps=edit.steps(steps), **settings)
                 results.append((data.shows(picture, task.claim), (data.named(picture) == data.named(task.picture))[task.keep].mean()))
         table[kind] = tuple(tuple(np.mean(results[way::2], 0).tolist()) for way in (0, 1))
