@@ -14,6 +14,7 @@ L text positions, S = L + N, C width, H heads, D head size, V codebook entries, 
 import math
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import repeat
 
 import torch
 import torch.nn.functional as F
@@ -181,8 +182,8 @@ class AdaNorm(nn.Module):
         self.parts = parts
         self.linear = nn.Linear(c, parts * c)
 
-    def forward(self, temb):                      # (B, C), or {norm: (B, parts C)} -> parts x (B, C)
-        made = temb[self] if isinstance(temb, dict) else self.make(F.silu(temb))
+    def forward(self, temb):                      # (B, C), or the pieces side by side (B, parts C) -> parts x (B, C)
+        made = temb if temb.shape[-1] == self.linear.out_features else self.make(F.silu(temb))
         return made.chunk(self.parts, -1)
 
     def make(self, x):                            # the weights may lie on the host, see Transformer
@@ -223,9 +224,9 @@ class MultiModalBlock(nn.Module):
         self.attn = JointAttention(c)
         self.ff, self.ff_context = FeedForward(c.width), FeedForward(c.width)
 
-    def forward(self, x, text, temb, rope):                         # (B, N, C), (B, L, C), see AdaNorm -> x, text
+    def forward(self, x, text, temb, text_temb, rope):              # (B, N, C), (B, L, C), see AdaNorm -> x, text
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.norm1(temb)
-        t_shift, t_scale, t_gate, t_mlp_shift, t_mlp_scale, t_mlp_gate = self.norm1_context(temb)
+        t_shift, t_scale, t_gate, t_mlp_shift, t_mlp_scale, t_mlp_gate = self.norm1_context(text_temb)
         y, t = self.attn(kernels.norm_modulate(x, shift, scale), kernels.norm_modulate(text, t_shift, t_scale), rope)
         x, y = kernels.residual_norm_modulate(x, gate, y, mlp_shift, mlp_scale)
         text, t = kernels.residual_norm_modulate(text, t_gate, t, t_mlp_shift, t_mlp_scale)
@@ -296,7 +297,7 @@ class Transformer(Pretrained):
         """Move to `device`, in place, all but the adaptive norms, the blocks' other linear layers rounded on the way
         to int8 or float8_e4m3fn if that is asked for: what they were is never there. -> self"""
         norms = {id(norm.linear) for norm in self.norms()}
-        for parent in [m for block in (*self.transformer_blocks, *self.single_transformer_blocks) for m in block.modules()]:
+        for parent in [m for block in self.blocks for m in block.modules()]:
             for name, child in parent.named_children():
                 if rounded and isinstance(child, nn.Linear) and id(child) not in norms:
                     setattr(parent, name, Linear8(child, rounded, device))
@@ -340,17 +341,24 @@ class Transformer(Pretrained):
         """(B, L, text width) -> (B, L, C)."""
         return self.encoder_proj_layer_norm(self.context_embedder(hidden))
 
+    @property
+    def blocks(self):
+        return [*self.transformer_blocks, *self.single_transformer_blocks]
+
     def norms(self):
         return [m for m in self.modules() if isinstance(m, AdaNorm)]
 
     def modulations(self, temb):
         """(..., C) -> (..., W): what each adaptive norm makes of temb, side by side; written in place, as they are large."""
         norms, x = self.norms(), F.silu(temb)
-        sizes = [norm.parts * self.config.width for norm in norms]
-        made = x.new_empty(*x.shape[:-1], sum(sizes))
-        for norm, part in zip(norms, made.split(sizes, -1)):
+        made = x.new_empty(*x.shape[:-1], sum(norm.linear.out_features for norm in norms))
+        for norm, part in zip(norms, self.parted(made)):
             part.copy_(norm.make(x))
         return made
+
+    def parted(self, made):
+        """(..., W) of `modulations` -> a view of it for each adaptive norm, in the order in which the blocks meet them."""
+        return made.split([norm.linear.out_features for norm in self.norms()], -1)
 
     def features(self, tokens, hidden, pooled, micro_conds, timestep):
         """Everything but the head -> (B, h, w, C)."""
@@ -358,30 +366,28 @@ class Transformer(Pretrained):
 
     def launch(self, tokens, text, made):
         """`run`, made (B, W) of `modulations`; on CUDA recorded once for each shape and launched as one graph."""
-        def blocks(tokens, text, made):
-            norms = self.norms()
-            return self.run(tokens, text, dict(zip(norms, made.split([n.parts * self.config.width for n in norms], -1))))
         if not tokens.is_cuda:
-            return blocks(tokens, text, made)
+            return self.run(tokens, text, made)
         shapes = tokens.shape, text.shape
         if shapes not in self.recorded:
             if len(self.recorded) == 2:                                           # drawing and judging; their memory first
                 self.recorded.clear()
-            self.recorded[shapes] = Graph(blocks, tokens, text, made)
+            self.recorded[shapes] = Graph(self.run, tokens, text, made)
         return self.recorded[shapes](tokens, text, made)
 
     def run(self, tokens, text, temb):
-        """`features` of what is prepared: text (B, L, C) of embed_text, temb (B, C) or what AdaNorm takes in its place."""
+        """`features` of what is prepared: text (B, L, C) of embed_text, temb (B, C), or (B, W) of `modulations`."""
         x, grid = self.embed_image(tokens)                                                         # (B, N, C)
         rope = rope_table(*grid, self.config.axes_dims_rope, x.device)
         if "rope" in self.config.without:
             rope = torch.ones_like(rope[0]), torch.zeros_like(rope[1])
         run = partial(checkpoint, use_reentrant=False) if self.checkpointing else lambda block, *x: block(*x)
+        given = repeat(temb) if temb.shape[-1] == self.config.width else iter(self.parted(temb))  # for each adaptive norm
         for block in self.transformer_blocks:
-            x, text = run(block, x, text, temb, rope)
+            x, text = run(block, x, text, next(given), next(given), rope)
         s = torch.cat((text, x), 1)                                                                # (B, S, C)
         for block in self.single_transformer_blocks:
-            s = run(block, s, text.shape[1], temb, rope)
+            s = run(block, s, text.shape[1], next(given), rope)
         x = self.project_from_hidden(self.project_from_hidden_norm(s[:, text.shape[1]:]))          # (B, N, C)
         x = x.unflatten(1, grid)
         if self.config.upsample:

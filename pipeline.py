@@ -188,6 +188,14 @@ def kernel_path(device, dtype):
         raise UserError(str(e)) from None
 
 
+def check_compile(device):
+    """Raises UserError where torch.compile does not run: on a CPU it wants a C++ compiler."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(1, device=device))
+    except RuntimeError as e:
+        raise UserError(f"--compile: {str(e).splitlines()[0]}") from None
+
+
 # ---------------------------------------------------------------------------------------------------------
 # The pipeline
 
@@ -203,11 +211,12 @@ class Pipeline:
     height), `steps`, `cfg`, `temperature`, `redraws`, `candidates`, `score_condition`.
     """
 
-    def __init__(self, folder, device="cpu", dtype=torch.float32, lora=None, rounded=None):
+    def __init__(self, folder, device="cpu", dtype=torch.float32, lora=None, rounded=None, compiled=False):
         """`lora`: a file of low-rank terms to merge. `rounded`: int8 or float8_e4m3fn, for the weights of the
-        transformer's blocks. Raises vq.CheckpointError, naming the part at fault."""
+        transformer's blocks. `compiled`: torch.compile these, once for each size of a batch. Raises vq.CheckpointError,
+        naming the part at fault."""
         self.folder, self.device, self.dtype = Path(folder), torch.device(device), dtype
-        self.lora, self.rounded, self.lean, self.held = lora, rounded, False, {}
+        self.lora, self.rounded, self.compiled, self.lean, self.held = lora, rounded, compiled, False, {}
         if not self.folder.is_dir():
             raise vq.CheckpointError(f"{folder}: no such folder")
         self.tokenizer = clip.Tokenizer.from_pretrained(self.folder / "tokenizer")
@@ -236,6 +245,8 @@ class Pipeline:
             self.folder / "transformer", self.dtype, "cpu" if self.rounded else self.device, meissonic.Transformer.ADAPTIVE)
         if self.lora:
             meissonic.merge_lora(model, self.lora)
+        for block in model.blocks if self.compiled else ():
+            block.compile(dynamic=False)
         return model.lean(self.device, self.rounded) if self.rounded else model
 
     @cached_property

@@ -28,8 +28,8 @@ import disk
 import meissonic
 import vq
 from editing import Edit, score_edits, shrink
-from pipeline import (BUNDLED, MOST_TOKENS, ROUNDED, Invented, Pipeline, UserError, choose_device, choose_dtype, find_model,
-                      fingerprint, kernel_path, score_tasks)
+from pipeline import (BUNDLED, MOST_TOKENS, ROUNDED, Invented, Pipeline, UserError, check_compile, choose_device, choose_dtype,
+                      find_model, fingerprint, kernel_path, score_tasks)
 
 DEFAULT_PROMPT = "a red circle above a blue square on a white background"
 TURN = 32                                         # pictures that are painted before they are decoded and written
@@ -168,7 +168,7 @@ def reconstruct(pipeline, path):
 # What a PNG tells of its making, and making it again
 
 SETTINGS = ("prompt", "negative", "seed", "steps", "cfg", "size", "temperature", "redraws", "candidates", "schedule",
-            "score-condition", "model", "lora", "device", "dtype", "batch", "image", "mask", "outpaint", "feather", "strength",
+            "score-condition", "model", "lora", "device", "dtype", "compile", "batch", "image", "mask", "outpaint", "feather", "strength",
             "source", "film", "film-tokens", "sweep", "reconstruct")
 SOFTWARE = f"torch {torch.__version__}, numpy {np.__version__}, pillow {Image.__version__}"
 
@@ -180,7 +180,7 @@ def settings_of(args, **more):
         values["sweep"] = [f"{name}={','.join(texts)}" for name, texts in args.sweep]
     words = {"size": "x", "outpaint": ","}
     return {key: words.get(key, " ").join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
-            for key, value in values.items() if value is not None}
+            for key, value in values.items() if value is not None and value is not False}
 
 
 def write_picture(path, picture, text):
@@ -207,7 +207,8 @@ def like(argv):
     before = []
     for key in SETTINGS:
         if key in made and not (key == "prompt" and args.prompt_file):
-            before += [f"--{key}", *made[key].split()] if key in ("temperature", "sweep") else [f"--{key}={made[key]}"]
+            before += [f"--{key}", *made[key].split()] if key in ("temperature", "sweep") else \
+                [f"--{key}"] if key == "compile" else [f"--{key}={made[key]}"]
     args = parse_arguments(before + argv)
     args.made = made
     return args
@@ -326,6 +327,8 @@ def parse_arguments(argv):
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16", *ROUNDED),
                    help="of the weights; int8 and fp8 round those of the transformer's blocks (default: on CUDA bfloat16 from "
                         "compute capability 8.0, else float16; on a CPU bfloat16 if the chip multiplies it, else float32)")
+    p.add_argument("--compile", action="store_true", help="torch.compile the transformer's blocks: pays from some dozen pictures on (on a CPU "
+                   "wants a C++ compiler)")
     p.add_argument("--batch", type=positive, help="pictures made at a time (default: as many as 4096 tokens hold, at most 16)")
     p.add_argument("--out", type=Path, default=Path("out"), metavar="PATH",
                    help="a .png file for one picture, else a folder (default: out)")
@@ -455,13 +458,15 @@ def run(args):
     check_flags(args)
     device, why_device = choose_device(args.device)
     dtype, rounded, why_dtype = choose_dtype(args.dtype, device)
+    if args.compile:
+        check_compile(device)
     prompts, seeds = read_prompts(args), range(args.seed, args.seed + args.n)
     edit, text = (None, {}) if args.score or args.score_edits else read_edit(args)
     if args.reconstruct:
         read_picture("--reconstruct", args.reconstruct)
     try:
         folder, why_model = find_model(args.model, device, dtype)
-        pipeline = Pipeline(folder, device, dtype, args.lora, rounded)
+        pipeline = Pipeline(folder, device, dtype, args.lora, rounded, args.compile)
     except UserError:
         if not (args.bench and args.model == "meissonic"):
             raise

@@ -53,7 +53,7 @@ import train_vq
 import trainer
 import vq
 from dataset import Tokens, encode, examples, readable, source_of, token_folder
-from pipeline import Pipeline, UserError, choose_device, find_model, kernel_path, score_tasks
+from pipeline import Pipeline, UserError, check_compile, choose_device, find_model, kernel_path, score_tasks
 
 # One line for each stage: size x size pixels, global batch, steps, peak learning rate, that of the text encoder in
 # its share (text; 0: frozen), compression layers or none, how many pictures of the world of shapes are drawn, which share of
@@ -573,6 +573,8 @@ def main(argv=None):
         torch.set_num_threads(args.threads)
     try:
         device, why = choose_device(args.device)
+        if args.compile:
+            check_compile(device)                                # now, and not in an hour
         if args.data != "shapes":
             disk.Pictures(args.data)                             # a source that is none: say so before anything is made
         init = args.init and find_model(args.init, device, torch.float32)[0]

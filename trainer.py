@@ -125,7 +125,7 @@ class Run:
 
 def blocks_of(student):
     transformer = getattr(student, "transformer", None)
-    return [*transformer.transformer_blocks, *transformer.single_transformer_blocks] if transformer else []
+    return transformer.blocks if transformer else []
 
 
 def compile_blocks(run, student):

@@ -301,11 +301,11 @@ def step_flops(meissonic, pipeline, size, guidance):
     config = pipeline.transformer.config
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
         model = meissonic.Transformer(config)
-        norms = {norm: torch.zeros(1, norm.parts * config.width) for norm in model.norms()}
+        made = torch.zeros(1, sum(norm.linear.out_features for norm in model.norms()))
         tokens = torch.zeros(1, size[1] // pipeline.tokens_f, size[0] // pipeline.tokens_f, dtype=torch.int64)
         with mock.patch.dict(os.environ, {"MEISSONIC_KERNELS": "plain"}), \
                 mock.patch.object(meissonic, "rope_table", lambda h, w, axes, device: torch.zeros(2, h * w, sum(axes) // 2).unbind(0)):
-            model.head(model.run(tokens, torch.zeros(1, pipeline.tokenizer([""]).shape[1], config.width), norms))
+            model.head(model.run(tokens, torch.zeros(1, pipeline.tokenizer([""]).shape[1], config.width), made))
     return counter.get_total_flops() * (1 if guidance == 1 else 2)
 
 

@@ -1,5 +1,6 @@
 """What makes sampling fast and lean changes no picture: each saving alone, all together, and what 8 bits cost."""
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -119,6 +120,22 @@ class FakeGraph:
     """What a CUDA graph does, on the CPU: the function runs again on the tensors that it was recorded with."""
     def replay(self):
         self.graph.output.copy_(self.function(*self.graph.inputs))
+
+
+def test_compiled_blocks_draw_the_same(cli, monkeypatch):
+    """--compile: one graph for each kind of block and size of a batch, here when drawing and when judging; the PNG says so."""
+    run = "--prompt", "a red star", "--model", "shapes", "--dtype", "float32", "--size", 32, "--steps", 4, "--redraws", 0, "--candidates", 3
+    compile_block, counted = torch.nn.Module.compile, torch._dynamo.utils.counters
+    monkeypatch.setattr(sample, "check_compile", lambda device: None)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *a, **k: compile_block(*a, **k, backend="aot_eager", fullgraph=True))
+    for flags in (run, (*run, "--compile"), ("--like", "2.png")):
+        torch._dynamo.reset()
+        counted.clear()
+        assert cli(*flags, "--out", f"{len(list(Path().glob('*.png'))) + 1}.png")[0] == 0
+        assert counted["stats"]["unique_graphs"] == (0 if flags is run else 4)
+    plain, compiled, again = (Image.open(f"{i}.png") for i in (1, 2, 3))
+    assert plain.tobytes() == compiled.tobytes() == again.tobytes()
+    assert "compile" not in plain.text and compiled.text["compile"] == again.text["compile"] == "True"
 
 
 def test_a_graph_reads_its_inputs_at_each_launch(monkeypatch):

@@ -377,6 +377,15 @@ def test_kernels_that_are_not_there(cli, monkeypatch):
     assert_refused(cli, ["--prompt", "x", *SMALL], "MEISSONIC_KERNELS")
 
 
+@pytest.mark.parametrize("script", ("sample.py", "train.py"))
+def test_without_a_compiler(script, tmp_path):
+    """--compile says at once what it lacks."""
+    done = subprocess.run([sys.executable, ROOT / script, "--compile", "--device", "cpu", "--out", tmp_path / "made"], capture_output=True,
+                          text=True, env=environment(CXX="no-such-compiler", TORCHINDUCTOR_CACHE_DIR=tmp_path))
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert f"{script}: error: --compile" in done.stderr and "no-such-compiler" in done.stderr and not (tmp_path / "made").exists()
+
+
 def test_bad_input_as_a_user_sees_it(tmp_path):
     done = shell(["--prompt", "x", *SMALL, "--size", 33], tmp_path)
     assert done.returncode == 2 and done.stdout == "" and tree(tmp_path) == []
