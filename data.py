@@ -399,22 +399,36 @@ def sample_edit(rng, kind, size):
 # The scorer
 
 
-@lru_cache(maxsize=None)
-def _templates(side=28):
-    """(nouns, (side + 4)^2) zero-mean unit-norm masks."""
-    return np.stack([_normal(glyph(noun), side) for noun in NOUNS])
-
-
-def _normal(mask, side):
-    """An L image of a bounding box -> zero-mean unit-norm vector: the larger side fitted to `side`, centred, with
-    a margin of 2 pixels (so that a full square differs from an empty one)."""
+def _fitted(mask, side, frame):
+    """An L image, its larger side made `side` pixels, in the middle of a black square of `frame` pixels."""
     scale = side / max(mask.size)
-    mask = mask.resize([max(1, round(s * scale)) for s in mask.size], Image.Resampling.BILINEAR)
-    square = Image.new("L", (side + 4, side + 4))
-    square.paste(mask, ((side + 4 - mask.width) // 2, (side + 4 - mask.height) // 2))
-    v = np.asarray(square, np.float32).ravel()
+    mask = mask.resize([max(1, round(s * scale)) for s in mask.size], Image.Resampling.BOX)
+    square = Image.new("L", (frame, frame))
+    square.paste(mask, ((frame - mask.width) // 2, (frame - mask.height) // 2))
+    return square
+
+
+def _unit(window):
+    """-> zero-mean unit-norm vector: the product of two of them is their correlation."""
+    v = np.asarray(window, np.float32).ravel()
     v = v - v.mean()
     return v / (np.linalg.norm(v) + 1e-6)
+
+
+@lru_cache(maxsize=None)
+def _templates(side):
+    """(3 nouns, (side + 8)^2): all nouns with a larger side of side - 1, side and side + 1 pixels, blurred as by a decoder."""
+    return np.stack([_unit(_fitted(glyph(noun), max(1, s), side + 8).filter(ImageFilter.GaussianBlur(0.8)))
+                     for s in (side - 1, side, side + 1) for noun in NOUNS])
+
+
+def _likest(mask):
+    """An L image of an object in its bounding box -> the noun whose mask correlates most with it, at the object's own
+    size or a pixel more or less, and up to a pixel aside: a decoder may cut the tail of a Q, and its box with it."""
+    side = min(max(mask.size), 28)
+    square = np.asarray(_fitted(mask, side, side + 10))
+    windows = np.stack([_unit(square[y:y + side + 8, x:x + side + 8]) for y in range(3) for x in range(3)], 1)
+    return NOUNS[int((_templates(side) @ windows).max(1).argmax()) % len(NOUNS)]
 
 
 def components(mask):
@@ -462,10 +476,8 @@ def read(picture):
             continue
         ys, xs = np.where(inside.any(1))[0], np.where(inside.any(0))[0]
         y0, y1, x0, x1 = ys[0], ys[-1] + 1, xs[0], xs[-1] + 1
-        sharp = np.clip(2 * cover[y0:y1, x0:x1] - 0.5, 0, 1)
-        mask = Image.fromarray((sharp * 255).astype(np.uint8))
-        noun = NOUNS[int((_templates() @ _normal(mask, 28)).argmax())]
-        items.append(Item(noun, names[colour], (x0 + x1) / 2 / width, (y0 + y1) / 2 / height,
+        mask = Image.fromarray((cover[y0:y1, x0:x1] * 255).astype(np.uint8))
+        items.append(Item(_likest(mask), names[colour], (x0 + x1) / 2 / width, (y0 + y1) / 2 / height,
                           max((x1 - x0) / width, (y1 - y0) / height) / 2))
     return Scene(names[ground], tuple(items))
 

@@ -5,11 +5,12 @@ from functools import lru_cache
 
 import numpy as np
 import pytest
-from common import ROOT                                                # noqa: F401  (puts the repository on the path)
+from common import ROOT
 from PIL import Image
 
 import data
 import train
+from pipeline import Pipeline
 
 LENGTH = 30                                                            # tokens of a caption, without start and end
 
@@ -121,6 +122,21 @@ def test_the_scorer_forgives_a_little_noise(noise):
         pixels = np.asarray(picture, np.float32) + rng.normal(0, noise, (128, 128, 3))
         right.append(data.shows(Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), claim))
     assert np.mean(right) >= 0.97
+
+
+@pytest.mark.parametrize("noun, r", (("F", 2 / 16), ("Q", 3 / 16), ("E", 2 / 16), ("star", 2 / 16)))
+def test_the_scorer_reads_what_the_decoder_gives_back(noun, r):
+    """Outlines come back soft, of a Q without the end of its tail. Of all nouns, colours, grounds and
+    sizes, 3808 pictures, 10 are read wrongly."""
+    coder, rng, wrong = Pipeline(ROOT / "weights/shapes"), np.random.default_rng(0), []
+    pairs = list(itertools.permutations(data.COLOURS, 2))
+    for colour, ground in [pairs[i] for i in rng.permutation(len(pairs))[:12]]:
+        x, y = rng.integers(4, 13, 2) / 16
+        picture = data.draw(data.Scene(ground, (data.Item(noun, colour, x, y, r),)), 64)
+        read = data.read(coder.decode(coder.encode_picture(picture))[0])
+        if [(i.noun, i.colour) for i in read.items] != [(noun, colour)] or read.background != ground:
+            wrong.append((colour, ground, read))
+    assert len(wrong) <= (noun == "star"), wrong                          # of stars the palest
 
 
 # ---------------------------------------------------------------------------------------------------------
