@@ -354,11 +354,11 @@ class Pipeline:
         return drawn[best]
 
     def fit_of(self, tokens, text, against):
-        """How well each picture of a batch fits its prompt -> (B,) float32, in nats for a token: its log-likelihood; twice
+        """How well each picture of a batch fits its prompt -> (B,) float32, in nats for a token: its log-likelihood; once more
         what of that is the prompt's doing, or pictures with something left out, having less to get wrong, would win; less
         eight times the model's doubt, which tells whether it is well made. The weights: README, Candidates."""
         likely, anyway = meissonic.likelihoods(self.transformer, tokens, (text, against), JUDGED, self.convention).mean((2, 3))
-        return likely + 2 * (likely - anyway) - 8 * meissonic.doubt(self.transformer, tokens, text, DOUBTED, self.convention)
+        return likely + (likely - anyway) - 8 * meissonic.doubt(self.transformer, tokens, text, DOUBTED, self.convention)
 
     def __call__(self, *arguments, **settings):
         """`draw`, decoded -> list of RGB Images."""
