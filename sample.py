@@ -327,8 +327,8 @@ def parse_arguments(argv):
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16", *ROUNDED),
                    help="of the weights; int8 and fp8 round those of the transformer's blocks (default: on CUDA bfloat16 from "
                         "compute capability 8.0, else float16; on a CPU bfloat16 if the chip multiplies it, else float32)")
-    p.add_argument("--compile", action="store_true", help="torch.compile the transformer's blocks: pays from some dozen pictures on (on a CPU "
-                   "wants a C++ compiler)")
+    p.add_argument("--compile", action="store_true", help="torch.compile the transformer's blocks: half a minute that pays "
+                   "where many pictures are made (on a CPU wants a C++ compiler)")
     p.add_argument("--batch", type=positive, help="pictures made at a time (default: as many as 4096 tokens hold, at most 16)")
     p.add_argument("--out", type=Path, default=Path("out"), metavar="PATH",
                    help="a .png file for one picture, else a folder (default: out)")
@@ -429,6 +429,8 @@ def check_flags(args):
                 raise UserError(f"--sweep: seed {seed} does not fit 64 bits")
         if "strength" in names and args.strength is None:
             args.strength = float(dict(args.sweep)["strength"][0])
+    if args.bench and args.compile:
+        raise UserError("--bench measures what is not compiled: without --compile")
     if args.reconstruct and (args.image or args.sweep or args.film or args.film_tokens):
         raise UserError("--reconstruct goes with no other picture, film or sweep")
 

@@ -472,6 +472,7 @@ def test_pictures_that_cannot_be_read(cli, files, name):
     (["--prompt", "x", "--film", "1"], ["--film"]), (["--prompt", "x", "--steps", "4", "--film", "9"], ["--film"]),
     (["--prompt", "x", "--sweep", "speed=1"], ["--sweep", "speed"]), (["--prompt", "x", "--sweep", "cfg=1", "cfg=2"], ["--sweep"]),
     (["--prompt", "x", "--sweep", "cfg=a"], ["--sweep"]), (["--prompt", "x", "--sweep", "cfg=1", "--film"], ["--sweep", "--film"]),
+    (["--bench", "--compile"], ["--bench", "--compile"]),
     (["--prompt", "x", "--sweep", "cfg=1", "seed=1", "steps=1"], ["--sweep"]), (["--reconstruct", "p.png"], ["--reconstruct"])),
     ids=lambda f: " ".join(f))
 def test_edits_that_make_no_sense(cli, files, flags, words):
