@@ -460,8 +460,6 @@ def run(args):
     check_flags(args)
     device, why_device = choose_device(args.device)
     dtype, rounded, why_dtype = choose_dtype(args.dtype, device)
-    if args.compile:
-        check_compile(device)
     prompts, seeds = read_prompts(args), range(args.seed, args.seed + args.n)
     edit, text = (None, {}) if args.score or args.score_edits else read_edit(args)
     if args.reconstruct:
@@ -474,6 +472,8 @@ def run(args):
             raise
         pipeline, why_model = Invented(device, dtype, rounded), "meissonic's sizes, random weights"
     pipeline.check_size(*(args.size or pipeline.size))
+    if args.compile:
+        check_compile(device)                                       # takes seconds: after all that can be said at once
     print(f"model: {why_model} | device: {device} ({why_device}) | dtype: {args.dtype or str(dtype)[6:]} ({why_dtype}) | "
           f"kernels: {kernel_path(device, dtype)} | seed: {args.seed}")
     for name in ("steps", "cfg", "temperature", "redraws", "candidates", "score_condition") + ("size",) * (edit is None):

@@ -573,10 +573,10 @@ def main(argv=None):
         torch.set_num_threads(args.threads)
     try:
         device, why = choose_device(args.device)
-        if args.compile:
-            check_compile(device)                                # now, and not in an hour
         if args.data != "shapes":
             disk.Pictures(args.data)                             # a source that is none: say so before anything is made
+        if args.compile:
+            check_compile(device)                                # now, and not in an hour
         init = args.init and find_model(args.init, device, torch.float32)[0]
         run = trainer.Run(args.out, changed(PRESETS, args), args.seed, device, args.preset, args.resume, init,
                           None if args.data == "shapes" else args.data, args.save_every, args.look_every, args.accumulate,
