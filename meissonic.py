@@ -646,42 +646,28 @@ def sample(model, text, negative, tokens, seeds, steps, guidance=9.0, temperatur
 
 
 @torch.no_grad()
-def maskings(model, tokens, text, rates, convention="step"):
-    """What the model makes of pictures of which a part is hidden at random: one masking of each rate, the same for all
-    pictures, for all texts and in every call. tokens (B, h, w) int64, all known; text, a Text of B rows
-    -> (positions (B, M) that are masked, log p of the codes there (B, M, V) float32), one after the other"""
-    flat, generator = tokens.flatten(1), torch.Generator().manual_seed(0)                          # (B, h w)
-    weight = model.mlm_layer.conv2.weight.flatten(1)                                               # (V, C)
-    numbers = [max(1, round(rate * flat.shape[1])) for rate in rates]
-    steps = [min(round(48 * 2 / math.pi * math.acos(rate)), 47) for rate in rates]                 # of 48, those that meet these rates
-    look = fast_path(model, text, None, [timestep(convention, *each, flat.shape[1]) for each in zip(steps, [48] * len(steps), numbers)], 1)
-    for i, number in enumerate(numbers):
-        positions = torch.randperm(flat.shape[1], generator=generator)[:number].to(flat.device).expand(len(flat), -1)
-        hidden = flat.scatter(1, positions, model.config.mask_token).view(tokens.shape)
-        yield positions, F.linear(look(i, hidden, positions), weight).float().log_softmax(-1)
-
-
 def likelihoods(model, tokens, texts, rates, convention="step"):
     """How likely the tokens of a picture are under each of some captions: the mean of log p(token | visible, text), in
-    nats, over `maskings`. Where most is masked the caption speaks, where less is the neighbours do.
+    nats, over one random masking of each rate, the same for all pictures, for all texts and in every call. Where most is
+    masked the caption speaks, where less is the neighbours do.
     tokens (B, h, w) int64, all known; texts, Texts of B rows each -> (len(texts), B, h, w) float32, 0 where never masked"""
-    flat, means = tokens.flatten(1), []                                                            # (B, h w)
+    flat, generator, means = tokens.flatten(1), torch.Generator().manual_seed(0), []               # (B, h w)
+    weight = model.mlm_layer.conv2.weight.flatten(1)                                               # (V, C)
+    numbers = [max(1, round(rate * flat.shape[1])) for rate in rates]
+    places = [torch.randperm(flat.shape[1], generator=generator)[:n].to(flat.device).expand(len(flat), -1) for n in numbers]
+    steps = [min(round(48 * 2 / math.pi * math.acos(rate)), 47) for rate in rates]                 # of 48, those that meet these rates
+    times = [timestep(convention, step, 48, n, flat.shape[1]) for step, n in zip(steps, numbers)]
     for text in texts:
+        look = fast_path(model, text, None, times, 1)
         total = torch.zeros(flat.shape, device=flat.device)
         seen = total.clone()
-        for positions, logp in maskings(model, tokens, text, rates, convention):
-            known = flat.gather(1, positions)[..., None]
-            total.scatter_add_(1, positions, logp.gather(-1, known)[..., 0])
+        for i, positions in enumerate(places):                                                     # (B, M)
+            hidden = flat.scatter(1, positions, model.config.mask_token).view(tokens.shape)
+            logp = F.linear(look(i, hidden, positions), weight).float().log_softmax(-1)            # (B, M, V)
+            total.scatter_add_(1, positions, logp.gather(-1, flat.gather(1, positions)[..., None])[..., 0])
             seen.scatter_add_(1, positions, torch.ones_like(seen[:, :positions.shape[1]]))
         means.append(total / seen.clamp(min=1))
     return torch.stack(means).view(-1, *tokens.shape)
-
-
-def doubt(model, tokens, text, rates, convention="step"):
-    """How much of a picture its visible part leaves open: the mean entropy, in nats, of the model's guesses at the masked
-    tokens, over `maskings`. A broken outline can be mended in more ways than a sound one goes on in.
-    tokens (B, h, w) int64, all known; text, a Text of B rows -> (B,) float32"""
-    return torch.stack([-(logp.exp() * logp).sum(-1).mean(1) for _, logp in maskings(model, tokens, text, rates, convention)]).mean(0)
 
 
 def opinion_change(model, tokens, old, new, convention="step"):

@@ -28,8 +28,8 @@ HUB = dict(meissonic="MeissonFlow/Meissonic", monetico="Collov-Labs/Monetico")
 ROUNDED = dict(int8=torch.int8, fp8=torch.float8_e4m3fn)
 PARTS = ("transformer", "vqvae", "text_encoder")
 MOST_TOKENS = 4096                                # of a batch, and of an edit unless --size says otherwise
-JUDGED = (0.95, 0.9, 0.85, 0.8, 0.75) * 2         # shares masked where candidates are compared: all masked says nothing
-DOUBTED = (0.5,) * 4                              # and where it is asked what their other half leaves open
+JUDGED = (0.95, 0.95, 0.9, 0.9, 0.85, 0.8, 0.75)  # shares masked where candidates are compared: all masked says nothing
+MOST_PARTS = 16                                   # of a prompt that are left out in turn, there
 
 
 class UserError(Exception):
@@ -188,6 +188,17 @@ def kernel_path(device, dtype):
         raise UserError(str(e)) from None
 
 
+def check_parts(folder, tokenizer, text, transformer, pixels):
+    """Raises CheckpointError where the parts of a model, told by their configs, do not fit each other."""
+    if text.hidden_size != transformer.joint_attention_dim or text.projection_dim != transformer.pooled_projection_dim:
+        raise vq.CheckpointError(f"{folder}: text encoder and transformer do not fit each other")
+    if tokenizer.bpe.get_vocab_size() > text.vocab_size or tokenizer.length > text.max_position_embeddings:
+        raise vq.CheckpointError(f"{folder}: the tokenizer has more words or positions than the text encoder")
+    if pixels.num_vq_embeddings != transformer.codebook_size:
+        raise vq.CheckpointError(f"{folder}: the VQ model has {pixels.num_vq_embeddings} codes, "
+                                 f"the transformer {transformer.codebook_size}")
+
+
 def check_compile(device):
     """Raises UserError where torch.compile does not run: on a CPU it wants a C++ compiler."""
     try:
@@ -223,13 +234,7 @@ class Pipeline:
         text = clip.TextEncoder.from_pretrained(self.folder / "text_encoder", dtype, "meta").config
         config = meissonic.Transformer.from_pretrained(self.folder / "transformer", dtype, "meta").config
         pixels = vq.VQModel.from_pretrained(self.folder / "vqvae", dtype, "meta").config
-        if text.hidden_size != config.joint_attention_dim or text.projection_dim != config.pooled_projection_dim:
-            raise vq.CheckpointError(f"{folder}: text encoder and transformer do not fit each other")
-        if self.tokenizer.bpe.get_vocab_size() > text.vocab_size or self.tokenizer.length > text.max_position_embeddings:
-            raise vq.CheckpointError(f"{folder}: the tokenizer has more words or positions than the text encoder")
-        if pixels.num_vq_embeddings != config.codebook_size:
-            raise vq.CheckpointError(f"{folder}: the VQ model has {pixels.num_vq_embeddings} codes, "
-                                     f"the transformer {config.codebook_size}")
+        check_parts(folder, self.tokenizer, text, config, pixels)
         self.mask_token, self.tokens_f, self.f = config.mask_token, pixels.f, pixels.f * config.compression
         self.read_scheduler(self.folder / "scheduler" / "scheduler_config.json", config.downsample)
 
@@ -336,33 +341,52 @@ class Pipeline:
         other settings of `paint` -> tokens (B, h, w)."""
         width, height = size or self.size
         self.check_size(width, height)
-        text = self.encode_text([*prompts, negative], width, height, self.score_condition if score is None else score)
+        each, moments = candidates or self.candidates, []
+        told = told_of(prompts, each)
+        text = self.encode_text([*sum(told, []), negative], width, height, self.score_condition if score is None else score)
         if tokens is None:
             shape = len(prompts), height // self.tokens_f, width // self.tokens_f
             tokens = torch.full(shape, self.mask_token, device=self.device)
-        each, moments = candidates or self.candidates, []
         rows = [i for i in range(len(prompts)) for _ in range(each)]
-        text, against = text.rows(rows), text.rows([-1] * len(rows))
         seeds = [candidate_seed(seed, k) for seed in seeds for k in range(each)]
-        drawn = self.paint(tokens[rows], text, against, seeds, watch=watch and (lambda *seen: moments.append(seen)), **settings)
+        drawn = self.paint(tokens[rows], text.rows(rows), text.rows([-1] * len(rows)), seeds,
+                           watch=watch and (lambda *seen: moments.append(seen)), **settings)
         best = slice(None)
         if each > 1:
-            fits = self.fit_of(drawn, text, against).view(-1, each)                                               # (B, each)
+            texts = (text.rows([k * len(prompts) + i for i in rows]) for k in range(len(told)))
+            fits = self.fit_of(drawn, *texts).view(-1, each)                                                      # (B, each)
             best = [k * each + i for k, i in enumerate(fits.argmax(1).tolist())]
         for n, believed, masked in moments:
             watch(n, believed[best], masked[best])
         return drawn[best]
 
-    def fit_of(self, tokens, text, against):
-        """How well each picture of a batch fits its prompt -> (B,) float32, in nats for a token: its log-likelihood; once more
-        what of that is the prompt's doing, or pictures with something left out, having less to get wrong, would win; less
-        eight times the model's doubt, which tells whether it is well made. The weights: README, Candidates."""
-        likely, anyway = meissonic.likelihoods(self.transformer, tokens, (text, against), JUDGED, self.convention).mean((2, 3))
-        return likely + (likely - anyway) - 8 * meissonic.doubt(self.transformer, tokens, text, DOUBTED, self.convention)
+    def fit_of(self, tokens, text, *less):
+        """How well each picture of a batch fits its prompt -> (B,) float32, in nats for a token: its log-likelihood, less
+        four times what each part of the prompt takes away from it. `less`: the Texts without one part each; what shows
+        no sign of a word is likelier where the word is not said. Rates and weight: README, Candidates."""
+        likely = meissonic.likelihoods(self.transformer, tokens, [text], JUDGED, self.convention).mean((0, 2, 3))
+        told, *untold = meissonic.likelihoods(self.transformer, tokens, [text, *less], JUDGED[:4], self.convention).mean((2, 3))
+        return likely - 4 * sum((without - told).clamp(min=0) for without in untold)
 
     def __call__(self, *arguments, **settings):
         """`draw`, decoded -> list of RGB Images."""
         return self.decode(self.draw(*arguments, **settings))
+
+
+def shortened(prompt):
+    """A prompt without each of its words -> list of str; without stretches of some, where it has over MOST_PARTS."""
+    words = prompt.split()
+    parts = min(len(words), MOST_PARTS)
+    cuts = [len(words) * k // parts for k in range(parts + 1)] if words else []
+    return [" ".join(words[:a] + words[b:]) for a, b in zip(cuts, cuts[1:])]
+
+
+def told_of(prompts, candidates):
+    """What is told the model of a batch: [the prompts, and for candidates to be judged each without its first part, its
+    second, ...], lists of B; a prompt that has no kth part is whole there."""
+    parts = [shortened(prompt) for prompt in prompts] if candidates > 1 else []
+    return [list(prompts)] + [[part[k] if k < len(part) else prompt for prompt, part in zip(prompts, parts)]
+                              for k in range(max(map(len, parts), default=0))]
 
 
 def candidate_seed(seed, k):

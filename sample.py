@@ -29,7 +29,7 @@ import meissonic
 import vq
 from editing import Edit, score_edits, shrink
 from pipeline import (BUNDLED, MOST_TOKENS, ROUNDED, Invented, Pipeline, UserError, check_compile, choose_device, choose_dtype,
-                      find_model, fingerprint, kernel_path, score_tasks)
+                      find_model, fingerprint, kernel_path, score_tasks, told_of)
 
 DEFAULT_PROMPT = "a red circle above a blue square on a white background"
 TURN = 32                                         # pictures that are painted before they are decoded and written
@@ -500,8 +500,8 @@ def run(args):
 
 
 def make(pipeline, args, edit, prompts, seeds, text):
-    """Draw and write what the arguments, all defaults filled in, ask for; `text` goes into the PNGs beside them. All prompts
-    are encoded, then TURN pictures painted, then those decoded: each model is alone in memory and seldom read.
+    """Draw and write what the arguments, all defaults filled in, ask for; `text` goes into the PNGs beside them. The prompts
+    of TURN pictures are encoded, then these painted, then decoded: each model is alone in memory and seldom read.
     Interrupted, what is painted by then is still decoded and written."""
     begin = "again-" * bool(args.like) + (f"{args.image.stem}-" if args.image else "")
     if args.reconstruct:
@@ -512,8 +512,10 @@ def make(pipeline, args, edit, prompts, seeds, text):
         return
     jobs = output_paths(args.out, prompts, seeds, begin)
     pipeline.lean = True
-    pipeline.encode_text([*prompts, args.negative, args.source or ""], *pipeline.size, 0)                # all that there are
+    most = max([args.candidates, *map(int, dict(args.sweep or ()).get("candidates", ()))])
+    encode = lambda prompts: pipeline.encode_text([*sum(told_of(prompts, most), []), args.negative, args.source or ""], *pipeline.size, 0)
     if args.sweep:
+        encode(prompts)
         for prompt, seed, path in jobs:
             sheet = sweep(pipeline, args, edit, prompt, seed, lambda cells: tqdm(cells, "cells"))
             path = path if path == args.out else path.with_name(f"{path.stem}-sweep.png")
@@ -528,6 +530,8 @@ def make(pipeline, args, edit, prompts, seeds, text):
     turn = batch * max(1, TURN // batch)
     for start in range(0, len(jobs), turn):
         painted, stopped = [], False
+        pipeline.held.clear()
+        encode([prompt for prompt, _, _ in jobs[start:start + turn]])
         for i in range(start, min(start + turn, len(jobs)), batch):
             part, seen = jobs[i:i + batch] * (batch if again else 1), []
             bar = lambda steps: tqdm(steps, f"pictures {i + 1} to {i + len(part)} of {len(jobs)}" if len(jobs) > 1 else "steps")

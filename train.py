@@ -3,9 +3,9 @@
     python train.py --out runs/shapes                         # all stages in turn; --resume goes on after any interruption
     python train.py --preset cpu --out runs/cpu --compile     # smaller pictures, for two CPU cores
     python train.py --out runs/shapes --stage 3 --resume      # one stage: tokenizer, text, vq, 1, 2, 3, 4
-    python train.py --init meissonic --data photos --preset paper --stage 4 --lora 16        # fine-tune public weights
-    python train.py --encode --data photos --init meissonic --stage 4 --preset paper         # pictures to tokens, no more
-    torchrun --nproc_per_node=8 train.py --preset paper --data "laion/*.tar" --init parts    # one node or many; --shard
+    python train.py --out runs/style --init meissonic --data photos --preset paper --stage 4 --lora 16   # public weights, tuned
+    python train.py --out runs/style --init meissonic --data photos --preset paper --stage 4 --encode    # pictures to tokens, no more
+    torchrun --nproc_per_node=8 train.py --out runs/big --preset paper --data "laion/*.tar" --init parts   # or many nodes; --shard
     python train.py --benchmark                               # samples per second, share of the hardware's peak
 
 tokenizer    byte pairs learned from the captions
@@ -21,6 +21,7 @@ log from trainer.py.
 Letters: B batch, h w tokens, L text positions, V codebook, F features of a code, C width.
 """
 import contextlib
+import filecmp
 import json
 import math
 import os
@@ -53,7 +54,7 @@ import train_vq
 import trainer
 import vq
 from dataset import Tokens, encode, examples, readable, source_of, token_folder
-from pipeline import Pipeline, UserError, check_compile, choose_device, find_model, kernel_path, score_tasks
+from pipeline import Pipeline, UserError, check_compile, check_parts, choose_device, find_model, kernel_path, score_tasks
 
 # One line for each stage: size x size pixels, global batch, steps, peak learning rate, that of the text encoder in
 # its share (text; 0: frozen), compression layers or none, how many pictures of the world of shapes are drawn, which share of
@@ -286,7 +287,8 @@ def add_compression(plain):
 
 def new_student(run, preset):
     """The student a stage starts with: from the model in the run's folder if there is one (the stage before, or
-    --init), else fresh; compression layers added where the stage has them and that model has not."""
+    --init), else fresh; compression layers added where the stage has them and that model has not.
+    Raises UserError where that model has what --without leaves out."""
     torch.manual_seed(run.seed)
     vocabulary = clip.Tokenizer.from_pretrained(run.out / "tokenizer").bpe.get_vocab()
     student = Student(*build(run.preset, vocabulary, preset["compress"], run.without), convention_of(run.out))
@@ -295,14 +297,15 @@ def new_student(run, preset):
     if there("text_encoder"):
         student.encoder = clip.TextEncoder.from_pretrained(run.out / "text_encoder").train().requires_grad_(True)
     if there("transformer"):
+        wanted = student.transformer.config
         student.transformer = meissonic.Transformer.from_pretrained(run.out / "transformer").train().requires_grad_(True)
+        found = student.transformer.config
+        if run.without and (found.without != wanted.without or found.downsample > wanted.downsample or
+                            bool(found.num_layers) != bool(wanted.num_layers)):
+            raise UserError(f"--without {run.without}: the transformer in {run.out} was trained with it; begin in another folder")
         if preset["compress"] and not (student.transformer.config.downsample or run.without == "compression" or run.lora):
             student.transformer = add_compression(student.transformer)
         student.probe = nn.Linear(student.transformer.config.pooled_projection_dim, student.transformer.config.codebook_size)
-    elif run.lora:
-        raise UserError(f"--lora trains terms of a model: {run.out / 'transformer'} is not there; --init says which")
-    if not preset["text"] and not there("text_encoder"):
-        raise UserError(f"{run.out / 'text_encoder'}: not there, and this stage does not train it: begin with --stage text, or --init")
     if not preset["text"] or run.lora:
         student.encoder.requires_grad_(False).eval()
         student.probe.requires_grad_(False)
@@ -321,10 +324,11 @@ def train_stage(run, stage, dropout=0.1):
     """Masked-token modelling (SPEC section 6); the caption is empty with probability `dropout`, for guidance."""
     preset = run.stages[stage]
     size, steps, batch = preset["size"], preset["steps"], preset["batch"]
+    student, tokenizer = new_student(run, preset), clip.Tokenizer.from_pretrained(run.out / "tokenizer")
+    check_parts(run.out, tokenizer, student.encoder.config, student.transformer.config,
+                vq.VQModel.from_pretrained(run.out / "vqvae", device="meta").config)
     encode(run, stage)
-    pictures = Tokens(token_folder(run, stage))
-    empty = clip.Tokenizer.from_pretrained(run.out / "tokenizer")([""])
-    student = new_student(run, preset)
+    pictures, empty = Tokens(token_folder(run, stage)), tokenizer([""])
 
     def losses(model, step, attempt):
         rng = run.rng(stage, step, attempt)
@@ -353,9 +357,11 @@ def train_stage(run, stage, dropout=0.1):
 
 
 def save_model(run, student, average, size):
-    """The averaged weights, float16, in the published layout, beside the VQ model and the tokenizer."""
+    """The averaged weights, float16, in the published layout, beside the VQ model and the tokenizer; what is not trained
+    stays as it is there."""
     for name, part, module in (("text_encoder", "encoder.", student.encoder), ("transformer", "transformer.", student.transformer)):
-        save_part(run.out / name, module, trainer.strip(average, part))
+        if any(p.requires_grad for p in module.parameters()):
+            save_part(run.out / name, module, trainer.strip(average, part))
     index = {"_class_name": "Pipeline", "_diffusers_version": "0.30.2",
              "scheduler": ["scheduler", "Scheduler"], "text_encoder": ["transformers", "CLIPTextModelWithProjection"],
              "tokenizer": ["transformers", "CLIPTokenizer"], "transformer": ["transformer", "Transformer2DModel"],
@@ -552,16 +558,18 @@ def parse_arguments(argv):
         p.error(f"--lr {args.lr} is not positive")
     if args.lora and not args.stage:
         p.error("--lora wants --stage: it trains one")
-    if args.stage == "vq" and args.steps and args.steps <= (warm := PRESETS[args.preset]["vq"]["warm"]):
+    if args.stage == "vq" and args.steps and args.steps <= (warm := changed(PRESETS, args)["vq"]["warm"]):
         p.error(f"--steps {args.steps}: the codes are drawn after {warm} steps, ask for more")
     return args
 
 
 def changed(presets, args):
-    """The stages of --preset with --steps, --batch and --lr in place. Pictures of one's own have no scenes: where the text
-    encoder would learn from those, it learns along."""
+    """The stages of --preset with --steps, --batch and --lr in place. Pictures of one's own are not of few colours: the whole
+    VQ model is trained. And they have no scenes: where the text encoder would learn from those, it learns along."""
     new = {k: v for k, v in (("steps", args.steps), ("batch", args.batch), ("lr", args.lr)) if v}
     stages = {stage: preset | new for stage, preset in presets[args.preset].items()}
+    if args.data != "shapes" and "patches" in stages["vq"]:
+        stages["vq"] = presets["shapes"]["vq"] | new
     if args.data != "shapes" and stages.pop("text", None):
         stages |= {stage: preset | {"text": preset["text"] or 0.3} for stage, preset in stages.items() if "text" in preset}
     return stages
@@ -592,7 +600,10 @@ def main(argv=None):
                 and not (init and init.samefile(run.out)):
             raise UserError(f"--out {run.out} holds a model: --resume goes on with its training, another folder is a new one's")
         adopt(run)
-        for stage in [args.stage] if args.stage else ("tokenizer", *run.stages):
+        stages = [args.stage] if args.stage else ["tokenizer", *run.stages]
+        if not args.encode:
+            check_stages(run, stages)
+        for stage in stages:
             run_stage(stage, run, args.encode)
         if run.first and (run.out / "log.jsonl").is_file() and not args.encode:
             summary(run)
@@ -608,22 +619,52 @@ def main(argv=None):
 
 
 def adopt(run):
-    """Copy the parts of --init into the run's folder; with --resume those alone that it has not yet."""
+    """Copy the parts of --init into the run's folder, each whole or not at all; with --resume those alone that it has not
+    yet. Raises UserError where the folder holds others, or a text encoder comes without its tokenizer."""
     if run.init and run.first and not run.init.samefile(run.out):
-        for part in ("tokenizer", "vqvae", "text_encoder", "transformer", "scheduler"):
-            if (run.init / part).is_dir() and not (run.resume and (run.out / part).is_dir()):
-                shutil.rmtree(run.out / part, ignore_errors=True)
-                shutil.copytree(run.init / part, run.out / part)
+        parts = [part for part in ("tokenizer", "vqvae", "text_encoder", "transformer", "scheduler") if (run.init / part).is_dir()]
+        if "text_encoder" in parts and "tokenizer" not in parts:
+            raise UserError(f"--init {run.init}: the text encoder's tokenizer is not there")
+        for part in parts:
+            if (run.out / part).is_dir() and not run.resume and not same_files(run.init / part, run.out / part):
+                raise UserError(f"--out {run.out} holds another {part}: --resume goes on with it, another folder is for another model")
+        for part in parts:
+            if not (run.out / part).is_dir():
+                shutil.rmtree(run.out / f".{part}", ignore_errors=True)                  # of a copy that was interrupted
+                shutil.copytree(run.init / part, run.out / f".{part}").rename(run.out / part)
     run.wait()
 
 
+def same_files(a, b):
+    """Whether two folders hold the same files."""
+    names = [sorted(p.name for p in folder.iterdir() if p.is_file()) for folder in (a, b)]
+    return names[0] == names[1] and filecmp.cmpfiles(a, b, names[0])[0] == names[0]
+
+
+def check_stages(run, stages):
+    """Raises UserError for what stages lack that would show only when they begin."""
+    there = lambda part: (run.out / part).is_dir()
+    told = there("text_encoder")
+    for stage in stages:
+        preset = run.stages.get(stage, {})
+        run.parts(range(preset.get("batch", 0)))
+        if not (told or preset.get("text", 1)):
+            raise UserError(f"{run.out / 'text_encoder'}: not there, and stage {stage} does not train it: "
+                            + ("begin with --stage text, or " if "text" in run.stages else "") + "--init a model that has one")
+        told = told or stage in ("text", "1", "2", "3", "4")
+    if run.lora and not there("transformer"):
+        raise UserError(f"--lora trains terms of a model: {run.out / 'transformer'} is not there; --init says which")
+
+
 def run_stage(stage, run, encode_only):
-    """Run one stage, unless what it makes is there to stay: brought by --init; a tokenizer, with --resume; any, with
-    --encode; or with --resume the stage's last checkpoint is its end (later ones may have changed the model since)."""
+    """Run one stage, unless what it makes is there to stay: brought by --init, now or before; a tokenizer, with --resume;
+    any, with --encode; or with --resume the stage's last checkpoint is its end (later ones may have changed the model since)."""
     part = dict(tokenizer="tokenizer", text="text_encoder", vq="vqvae").get(stage)
     brought, made = (part and folder and (folder / part).is_dir() for folder in (run.init, run.out))
+    done = run.resume and trainer.steps_done(run, stage)
+    stays = made and (not trainer.checkpoints(run.out, stage) if run.resume else encode_only)
     run.wait()                                                   # until all have looked
-    if brought or made and (stage == "tokenizer" if run.resume else encode_only) or encode_only and stage == "text":
+    if brought or stays or encode_only and stage == "text":
         return
     if stage == "tokenizer":
         if run.first:
@@ -632,7 +673,7 @@ def run_stage(stage, run, encode_only):
         run.wait()
     elif encode_only and not part:
         encode(run, stage)
-    elif not (run.resume and trainer.steps_done(run, stage) >= run.stages[stage]["steps"]):
+    elif not (run.resume and done >= run.stages[stage]["steps"]):
         if stage == "vq":
             train_vq.train(run, vq.Config(**MODELS[run.preset]["vq"]))
         elif stage == "text":

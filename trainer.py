@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import vq
-from pipeline import UserError
+from pipeline import UserError, multiplies_bfloat16
 
 KEEP = 2                                                         # checkpoints of a stage
 number_of = lambda stage: zlib.crc32(stage.encode())             # in seeds: by name, so that another stage shifts none
@@ -62,14 +62,19 @@ class Run:
 
     @property
     def dtype(self):
-        """That of the matrix products."""
-        able = self.device.type != "cuda" or torch.cuda.get_device_capability(self.device) >= (8, 0)
+        """That of the matrix products: bfloat16 where there are instructions for it."""
+        able = multiplies_bfloat16() if self.device.type == "cpu" else torch.cuda.get_device_capability(self.device) >= (8, 0)
         return torch.bfloat16 if able else torch.float32
 
     @property
     def first(self):
         """Whether this process writes: logs and checkpoints come from one."""
         return self.rank == 0
+
+    @property
+    def settings(self):
+        """What a run is not gone on with if it changes: a forgotten --data would put shapes in place of its pictures."""
+        return {"seed": str(self.seed), "preset": self.preset, "data": "SOURCE" if self.data else "shapes"}
 
     def parts(self, *batch):
         """This process's slices of the arrays of a global batch, one for each gradient accumulation; over all
@@ -100,8 +105,8 @@ class Run:
 
     @contextlib.contextmanager
     def precision(self):
-        """bfloat16 autocast (GPUs before compute capability 8.0 only pretend to it: none); on a CPU with the plain attention,
-        which trains 1.2x faster than its flash kernel at the lengths of the small model."""
+        """Autocast to bfloat16, if products are of it (GPUs before compute capability 8.0 only pretend to); on a CPU with the
+        plain attention, which trains 1.2x faster than its flash kernel at the lengths of the small model."""
         attention = sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else contextlib.nullcontext()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16), attention:
             yield
@@ -160,7 +165,8 @@ def fit(run, stage, student, groups_of, losses, batch, steps, lr, finish, look=N
                               where it is trained: writes the model
     look(step)                called, if there is one, every run.look_every steps and at the end, when all is saved
     A step with a non-finite loss or gradient is dropped; after `patience` in a row the last checkpoint is loaded
-    and training goes on with other data (the paper, section 2.2, after LLaMA). SIGTERM and Ctrl-C save first.
+    and training goes on with other data (the paper, section 2.2, after LLaMA); where that has not helped `patience` times,
+    UserError. SIGTERM and Ctrl-C save first.
     """
     compile_blocks(run, student)
     model = run.parallel(student)
@@ -168,11 +174,13 @@ def fit(run, stage, student, groups_of, losses, batch, steps, lr, finish, look=N
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=run.device.type in ("cpu", "cuda"))
     live = trained(student)
     shadow = {k: v.detach().clone() for k, v in live.items()}
-    step, attempt, bad = 0, 0, 0
+    step, attempt, bad, reloads = 0, 0, 0, 0
     going_on = run.resume and checkpoints(run.out, stage)
     run.wait()                                                             # until all have looked
     if going_on:
         step, attempt = load_checkpoint(going_on[-1], optimizer, live, shadow)
+    for half in run.out.rglob(".*.safetensors.*") if run.first else ():      # what a kill in the middle of a write left
+        half.unlink()
     log = Log(run, stage, step, steps, batch)
 
     def save():
@@ -184,7 +192,7 @@ def fit(run, stage, student, groups_of, losses, batch, steps, lr, finish, look=N
         if run.first:
             if step:                                                       # first: where the last checkpoint stands, a stage is over
                 finish(mean)
-            save_checkpoint(run.out / f"{stage}-{step:07d}.checkpoint.safetensors", flat, step, attempt)
+            save_checkpoint(run.out / f"{stage}-{step:07d}.checkpoint.safetensors", flat, run.settings | {"step": step, "attempt": attempt})
             for old in checkpoints(run.out, stage)[:-KEEP]:
                 old.unlink()
             if look and step and (step % run.look_every == 0 or step == steps):
@@ -226,11 +234,15 @@ def fit(run, stage, student, groups_of, losses, batch, steps, lr, finish, look=N
                 bad += 1
                 log.event(step, "dropped", loss=mean, norm=norm)
                 if bad == patience:
-                    step, attempt = load_checkpoint(checkpoints(run.out, stage)[-1], optimizer, live, shadow)
-                    attempt, bad = attempt + 1, 0
+                    if reloads == patience:
+                        raise UserError(f"stage {stage}: after {reloads} reloads still not finite at step {step}; a lower --lr may help")
+                    step, _ = load_checkpoint(checkpoints(run.out, stage)[-1], optimizer, live, shadow)
+                    attempt, bad, reloads = attempt + 1, 0, reloads + 1
                     log.event(step, "reloaded", attempt=attempt)
+                    continue                                               # it stands there already
             if step % run.save_every == 0 or look and step % run.look_every == 0 or step == steps or stopping:
                 save()
+                reloads = 0
             if stopping:
                 raise KeyboardInterrupt
     log.close()
@@ -278,16 +290,22 @@ def checkpoints(out, stage):
 
 
 def steps_done(run, stage):
-    """The step of a stage's last checkpoint, 0 without one."""
-    return max((int(metadata(path).get("step", 0)) for path in checkpoints(run.out, stage)[-1:]), default=0)
+    """The step of a stage's last checkpoint, 0 without one. Raises UserError if another seed, preset or kind of data made it."""
+    for path in checkpoints(run.out, stage)[-1:]:
+        about = metadata(path)
+        for name, value in run.settings.items():
+            if about.get(name, value) != value:
+                raise UserError(f"{path} was made with --{name} {about[name]}: --resume wants the same")
+        return int(about.get("step", 0))
+    return 0
 
 
-def save_checkpoint(path, flat, step, attempt):
-    """One safetensors file with the weights, their average, the optimizer's moments and the step. Written beside and
-    renamed: killed at any moment, or on a full disk, the one before is whole."""
+def save_checkpoint(path, flat, about):
+    """One safetensors file with the weights, their average, the optimizer's moments, the step and the run's settings.
+    Written beside and renamed: killed at any moment, or on a full disk, the one before is whole."""
     flat = {k: v.contiguous() for k, v in flat.items()}
     try:
-        vq.write_whole(path, lambda p: save_file(flat, p, metadata={"step": str(step), "attempt": str(attempt)}))
+        vq.write_whole(path, lambda p: save_file(flat, p, metadata={k: str(v) for k, v in about.items()}))
     except Exception as e:                                     # safetensors wraps "no space left" in its own error
         raise vq.CheckpointError(f"{path}: the checkpoint could not be written ({e}); the last one is whole") from None
 

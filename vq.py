@@ -157,6 +157,8 @@ class Pretrained(nn.Module):
             tensors.update({part: piece.contiguous() for part, piece in zip(parts, pieces)})
         write_whole(folder / f"{self.STEM}.safetensors",
                     lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+        for twin in folder.glob(f"{self.STEM}*.fp16*"):                  # of the weights that were here before
+            twin.unlink()
         text = json.dumps(self.config.to_dict(), indent=2) + "\n"
         write_whole(folder / "config.json", lambda path: Path(path).write_text(text))
 

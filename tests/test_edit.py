@@ -18,7 +18,7 @@ import disk
 import editing
 import meissonic
 import sample
-from pipeline import DOUBTED, JUDGED, candidate_seed
+from pipeline import JUDGED, MOST_PARTS, candidate_seed, shortened
 
 RUN = SMALL[:-4] + ("--steps", 4)                                             # at the model's size or the picture's
 PNG = (*RUN, "--out", "a.png")
@@ -204,7 +204,7 @@ def test_strength(pipeline):
 
 @pytest.mark.parametrize("convention", ("step", "rate", "rate1000"))
 def test_likelihoods(convention):
-    """With all masked, the model's own log-probabilities and their entropy; a rate of a half leaves half of the tokens unseen."""
+    """With all masked, the model's own log-probabilities; a rate of a half leaves half of the tokens unseen."""
     model, generator = tiny_transformer(), torch.Generator().manual_seed(0)
     texts = [random_text(generator, 2, model) for _ in range(2)]
     tokens = torch.randint(0, 40, (2, 6, 4), generator=generator)
@@ -213,30 +213,43 @@ def test_likelihoods(convention):
     for text, one in zip(texts, found):
         logits = model(torch.full_like(tokens, model.config.mask_token), text.hidden, text.pooled, text.micro_conds, time)
         torch.testing.assert_close(one, logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0], rtol=1e-4, atol=1e-5)
-        expected = torch.distributions.Categorical(logits=logits).entropy().mean((1, 2))
-        torch.testing.assert_close(meissonic.doubt(model, tokens, text, (1.0,), convention), expected, rtol=1e-4, atol=1e-5)
     half = meissonic.likelihoods(model, tokens, texts, (0.5,), convention)
     assert found.shape == half.shape == (2, 2, 6, 4) and ((half == 0).flatten(2).sum(-1) == 12).all() and half.max() <= 0
 
 
+@given(st.lists(st.text("ab,", min_size=1, max_size=3), max_size=40))
+def test_a_prompt_without_each_of_its_parts(words):
+    """Each part is left out once, alone; a part is one word as long as there are not too many."""
+    short = [prompt.split() for prompt in shortened("  ".join(words))]
+    assert len(short) == min(len(words), MOST_PARTS)
+    assert sum(len(words) - len(rest) for rest in short) == len(words)
+    start = 0
+    for rest in short:
+        stop = start + len(words) - len(rest)
+        assert stop > start and rest == words[:start] + words[stop:]
+        start = stop
+
+
 def test_the_candidate_that_fits_best_is_taken(pipeline):
-    """Each is the picture of a seed of its own, the first that of the picture's; fitting is what is likely, what
-    the prompt makes likelier than the negative does, and what leaves little open; the film is of the one taken."""
-    prompts, seeds, seen = ["a star", "a heart"], [5, 2 ** 63 - 1], []
+    """Each is the picture of a seed of its own, the first that of the picture's, beside any others; fitting is what is likely
+    and no likelier with a word of the prompt left out; the film is of the one taken."""
+    prompts, seeds, seen = ["a star", "a big red heart"], [5, 2 ** 63 - 1], []
     drawn = pipeline.draw(prompts, seeds, "a cross", candidates=3, steps=3, cfg=4, watch=lambda *moment: seen.append(moment))
-    places = []
+    places, penalties = [], []
     for prompt, seed, tokens in zip(prompts, seeds, drawn):
         each = torch.cat([pipeline.draw([prompt], [candidate_seed(seed, k)], "a cross", candidates=1, steps=3, cfg=4)
                           for k in range(3)])
-        fits, doubts = [], []
-        for words in (prompt, "a cross"):
-            text = pipeline.encode_text([words] * 3, *pipeline.size, pipeline.score_condition)
-            doubts.append(meissonic.doubt(pipeline.transformer, each, text, DOUBTED, pipeline.convention))
-            fits.append(meissonic.likelihoods(pipeline.transformer, each, [text], JUDGED, pipeline.convention)[0].mean((1, 2)))
-        fit = 3 * fits[0] - 2 * fits[1] - 8 * doubts[0]
+        words, likely = prompt.split(), []
+        for told in (prompt, *(" ".join(w for w in words if w != one) for one in words)):
+            text = pipeline.encode_text([told] * 3, *pipeline.size, pipeline.score_condition)
+            likely.append([meissonic.likelihoods(pipeline.transformer, each, [text], rates, pipeline.convention)[0].mean((1, 2))
+                           for rates in (JUDGED, JUDGED[:4])])
+        penalty = sum(torch.relu(untold - likely[0][1]) for _, untold in likely[1:])
+        fit = likely[0][0] - 4 * penalty
         places.append(fit.argmax().item())
+        penalties.append(penalty)
         assert (tokens == each[places[-1]]).all() and fit.max() > fit.min()
-    assert any(places) and candidate_seed(-7, 0) == -7
+    assert any(places) and torch.cat(penalties).any() and candidate_seed(-7, 0) == -7
     assert [n for n, _, _ in seen] == [0, 1, 2, 3] and (seen[-1][1] == drawn).all() and not seen[-1][2].any()
 
 

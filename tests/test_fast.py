@@ -1,5 +1,6 @@
 """What makes sampling fast and lean changes no picture: each saving alone, all together, and what 8 bits cost."""
 import weakref
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -166,13 +167,15 @@ def test_equal_prompts_are_encoded_once(monkeypatch):
 
 
 def test_the_models_take_turns(monkeypatch, tmp_path):
-    """Nothing of the text encoder is alive in the loop, nor of the transformer when pixels are made."""
-    alive = {}
+    """Nothing of the text encoder is alive in the loop, nor of the transformer when pixels are made; each is read once for
+    a turn of several batches, whose candidates are judged by the prompts without each of their words."""
+    alive, reads = {}, Counter()
     for model in (clip.TextEncoder, meissonic.Transformer, vq.VQModel):
         load = model.from_pretrained.__func__
         def from_pretrained(cls, *a, load=load, **k):
             made = load(cls, *a, **k)
             if next(made.parameters()).device.type != "meta":
+                reads[cls.__name__] += 1
                 alive[cls.__name__] = [weakref.ref(p) for p in made.parameters()] + [weakref.ref(made)]
             return made
         monkeypatch.setattr(model, "from_pretrained", classmethod(from_pretrained))
@@ -180,8 +183,8 @@ def test_the_models_take_turns(monkeypatch, tmp_path):
     run, decode, seen = meissonic.sample, vq.VQModel.decode, []
     monkeypatch.setattr(meissonic, "sample", lambda *a, **k: (seen.append(("loop", living("TextEncoder"), living("VQModel"))), run(*a, **k))[1])
     monkeypatch.setattr(vq.VQModel, "decode", lambda *a: (seen.append(("pixels", living("Transformer"), living("TextEncoder"))), decode(*a))[1])
-    sample.main(["--model", "shapes", "--prompt", "a", "b", "c", "--batch", "2", "--steps", "2", "--out", str(tmp_path), "--device", "cpu"])
-    assert set(alive) == {"TextEncoder", "Transformer", "VQModel"}
+    sample.main(["--model", "shapes", "--prompt", "a b", "b c", "c d", "--batch", "2", "--steps", "2", "--out", str(tmp_path), "--device", "cpu"])
+    assert reads == {"TextEncoder": 1, "Transformer": 1, "VQModel": 1}
     assert seen == [("loop", 0, 0)] * 2 + [("pixels", 0, 0)] * 3 and len(list(tmp_path.glob("*.png"))) == 3
 
 

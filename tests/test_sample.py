@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ import data
 import meissonic
 import sample
 import vq
-from pipeline import cached, hub_files
+from pipeline import cached, hub_files, shortened
 
 MODEL = GOLDEN / "compressed"
 SMALL = ("--model", MODEL, "--device", "cpu", "--dtype", "float32", "--size", 64, "--steps", 2)
@@ -674,6 +675,20 @@ def test_the_bundled_model_follows_captions():
     assert sample.BUNDLED.is_dir(), "weights/shapes is not there"
     shares = sample.score_tasks(sample.Pipeline(sample.BUNDLED), number=6, tasks=data.TASKS, progress=iter, candidates=2)
     assert shares["overall"] >= 0.6, shares
+
+
+def test_what_was_left_out_costs_a_candidate():
+    """Of pictures that show both objects of a caption or only the first, the fit picks the former nearly always; the
+    likelihood alone, for which an object less is less to get wrong, does not."""
+    pipeline, rng, fits, likely = sample.Pipeline(sample.BUNDLED), np.random.default_rng(0), [], []
+    encode = lambda text: pipeline.encode_text([text] * 2, 64, 64, pipeline.score_condition)
+    for text, claim in data.test_claims("two", 6):
+        scene = data.sample_scene(rng, claim)
+        pair = torch.cat([pipeline.encode_picture(data.draw(s, 64)) for s in (scene, replace(scene, items=scene.items[:1]))])
+        fits.append(pipeline.fit_of(pair, encode(text), *map(encode, shortened(text))))
+        likely.append(pipeline.fit_of(pair, encode(text)))
+    better = [int((pair[:, 0] > pair[:, 1]).sum()) for pair in map(torch.stack, (fits, likely))]
+    assert better[0] >= 5 and better[0] >= better[1] + 2, better
 
 
 def test_every_flag_has_help(cli):
