@@ -189,7 +189,7 @@ def test_the_models_take_turns(monkeypatch, tmp_path):
 
 
 def test_a_batch_changes_no_picture(tmp_path):
-    arguments = ["--model", "shapes", "--prompt", "a star", "two hearts", "", "--n", "2", "--steps", "3", "--device", "cpu"]
+    arguments = ["--model", "shapes", "--prompt", "a star", "two hearts", "", "--n", "2", "--steps", "3", "--candidates", "3", "--device", "cpu"]
     sample.main([*arguments, "--batch", "4", "--out", str(tmp_path / "a")])
     sample.main([*arguments, "--batch", "1", "--out", str(tmp_path / "b")])
     names = sorted(p.name for p in (tmp_path / "a").iterdir())
@@ -273,7 +273,7 @@ def test_the_bundled_model_in_8_bits(dtype, most):
 
 @pytest.mark.parametrize("name", sample.ROUNDED)
 def test_8_bits_on_the_command_line(name, tmp_path, capsys):
-    sample.main(["--model", "shapes", "--prompt", "a star", "--dtype", name, "--steps", "2", "--device", "cpu", "--out", str(tmp_path / "a.png")])
+    sample.main(["--model", "shapes", "--prompt", "a star", "--dtype", name, "--steps", "2", "--candidates", "2", "--device", "cpu", "--out", str(tmp_path / "a.png")])
     within = str(sample.choose_dtype(None, torch.device("cpu"))[0])[6:]
     assert Image.open(tmp_path / "a.png").size == (64, 64) and f"dtype: {name} (--dtype, in {within})" in capsys.readouterr().out
 
