@@ -673,7 +673,9 @@ def test_the_bundled_model_follows_captions():
     """A glance at what `--score` measures: 6 held-out captions of each task and two candidates, with much room, as
     another processor rounds to other pictures."""
     assert sample.BUNDLED.is_dir(), "weights/shapes is not there"
-    shares = sample.score_tasks(sample.Pipeline(sample.BUNDLED), number=6, tasks=data.TASKS, progress=iter, candidates=2)
+    cpu = torch.device("cpu")
+    pipeline = sample.Pipeline(sample.BUNDLED, cpu, sample.choose_dtype(None, cpu)[0])
+    shares = sample.score_tasks(pipeline, number=6, tasks=data.TASKS, progress=iter, candidates=2)
     assert shares["overall"] >= 0.6, shares
 
 
