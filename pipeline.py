@@ -29,7 +29,7 @@ ROUNDED = dict(int8=torch.int8, fp8=torch.float8_e4m3fn)
 PARTS = ("transformer", "vqvae", "text_encoder")
 MOST_TOKENS = 4096                                # of a batch, and of an edit unless --size says otherwise
 JUDGED = (0.95, 0.95, 0.9, 0.9, 0.85, 0.8, 0.75)  # shares masked where candidates are compared: all masked says nothing
-MOST_PARTS = 16                                   # of a prompt that are left out in turn, there
+MOST_PARTS = 16                                   # of a prompt that are left out in turn there, at the first four shares
 
 
 class UserError(Exception):

@@ -300,8 +300,8 @@ def new_student(run, preset):
         wanted = student.transformer.config
         student.transformer = meissonic.Transformer.from_pretrained(run.out / "transformer").train().requires_grad_(True)
         found = student.transformer.config
-        if run.without and (found.without != wanted.without or found.downsample > wanted.downsample or
-                            bool(found.num_layers) != bool(wanted.num_layers)):
+        if run.without and (found.without != wanted.without or bool(found.num_layers) != bool(wanted.num_layers) or
+                            run.without == "compression" and found.downsample):
             raise UserError(f"--without {run.without}: the transformer in {run.out} was trained with it; begin in another folder")
         if preset["compress"] and not (student.transformer.config.downsample or run.without == "compression" or run.lora):
             student.transformer = add_compression(student.transformer)
@@ -661,7 +661,7 @@ def run_stage(stage, run, encode_only):
     any, with --encode; or with --resume the stage's last checkpoint is its end (later ones may have changed the model since)."""
     part = dict(tokenizer="tokenizer", text="text_encoder", vq="vqvae").get(stage)
     brought, made = (part and folder and (folder / part).is_dir() for folder in (run.init, run.out))
-    done = run.resume and trainer.steps_done(run, stage)
+    done = trainer.steps_done(run, stage) if run.resume else 0
     stays = made and (not trainer.checkpoints(run.out, stage) if run.resume else encode_only)
     run.wait()                                                   # until all have looked
     if brought or stays or encode_only and stage == "text":
@@ -673,7 +673,7 @@ def run_stage(stage, run, encode_only):
         run.wait()
     elif encode_only and not part:
         encode(run, stage)
-    elif not (run.resume and done >= run.stages[stage]["steps"]):
+    elif done < run.stages[stage]["steps"]:
         if stage == "vq":
             train_vq.train(run, vq.Config(**MODELS[run.preset]["vq"]))
         elif stage == "text":

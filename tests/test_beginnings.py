@@ -95,6 +95,14 @@ def test_a_part_that_is_trained_already_cannot_be_left_out(model, tmp_path, caps
     assert f"--without {without}" in refused(capsys, "--out", out, "--stage", "3", "--without", without)
 
 
+def test_what_was_left_out_stays_so_in_an_earlier_stage(base, tmp_path):  # noqa: F811
+    """Compression, which an earlier stage does not add, is not what was left out here."""
+    out = train_on(base, tmp_path / "run", "--stage", "3", "--steps", "2", "--without", "rope")
+    command("--out", out, "--stage", "1", "--steps", "2", "--without", "rope")
+    config = meissonic.Transformer.from_pretrained(out / "transformer").config
+    assert config.without == ("rope",) and config.downsample
+
+
 # ---------------------------------------------------------------------------------------------------------
 # --resume
 
