@@ -1,4 +1,7 @@
-"""Triton where it exists. Without it (macOS, Windows) what stands below `@jit` is a plain function that nobody calls."""
+"""Triton, where it is installed.
+
+Without it (macOS, Windows) `@jit` leaves a plain function that nobody calls.
+"""
 from functools import lru_cache
 
 import torch
@@ -14,26 +17,30 @@ def jit(function=None, **options):
     """triton.jit, with or without options."""
     if triton is not None:
         return triton.jit(function, **options)
-    return function if function is not None else lambda f: f
+    if function is None:
+        return lambda undecorated: undecorated
+    return function
 
 
-INTERPRETED = triton is not None and triton.knobs.runtime.interpret         # settled when `@jit` runs, so once
+# `@jit` reads the setting when it decorates a kernel, so a later change has no effect
+INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 
 
 def interpreted():
-    """Whether kernels run in Triton's interpreter, on the CPU: TRITON_INTERPRET=1 when they were defined."""
+    """Whether kernels run on the CPU, in Triton's interpreter (TRITON_INTERPRET=1)."""
     return INTERPRETED
 
 
 def capability(device):
-    """(major, minor) of a CUDA device, e.g. (9, 0); None on the CPU."""
+    """(major, minor) of a CUDA device, for example (9, 0); None for a CPU."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 @lru_cache(maxsize=1)
 def no_launcher():
-    """Why kernels cannot be launched on this machine's GPU, or None: Triton compiles a piece of C for that, once."""
+    """Why this machine cannot launch kernels, or None. Triton compiles a C file for that, once."""
     try:
         triton.runtime.driver.active.utils
-    except Exception as e:                                                  # of the compiler, the linker, the driver
-        return f"Triton wants a C compiler and Python's headers ({(str(e).splitlines() or [type(e).__name__])[0][:100]})"
+    except Exception as error:                        # of the compiler, the linker or the driver
+        lines = str(error).splitlines() or [type(error).__name__]
+        return f"Triton needs a C compiler and Python's headers ({lines[0][:100]})"

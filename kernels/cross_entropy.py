@@ -1,18 +1,18 @@
-"""Cross-entropy straight from the head's input: the logits of a batch are never stored (paper section 2.2's loss).
+"""Cross-entropy from the input of the head, without storing all logits (the loss of section 2.2).
 
-    x = hidden weight^T        loss = logsumexp(x) - x_target        dx = (softmax(x) - onehot(target)) dloss
-    dhidden = dx weight        dweight = dx^T hidden
+    x = hidden weight^T        loss = logsumexp(x) - x_target
+    dx = (softmax(x) - onehot(target)) dloss       dhidden = dx weight       dweight = dx^T hidden
 
-Rows go through in chunks of 2^25 logits: a library product, then a kernel that reduces the logits to loss and
-logsumexp in one pass. The backward repeats the product (a quarter of the work of a training step of the head), turns
-the logits into their gradient in place, and two more products follow.
+Rows are processed in chunks of 2^25 logits: a library product, then a kernel that reduces the
+logits to the loss and their logsumexp in one pass. The backward repeats the product (a quarter of
+the head's work in a training step) and turns the logits into their gradient in place; two more
+products follow. The products are not fused into the kernels: a logit costs 14 bytes of traffic for
+8 C multiplications.
 
-Bytes for M x V logits of two bytes. Plain: logits, their float32 copy, log-softmax and its gradient, and the
-gradient of the logits all stand in memory at once, 16 M V, and 30 M V are moved. Here 64 MB stand, whatever M is;
-forward the logits are written and read (4), backward written, read, overwritten and read twice (10).
-
-Fusing the product into the kernel as well, as `sample_from_head` does, was left out: logits of a chunk cost 14 bytes
-of traffic for 8 C = 8192 multiplications each, which the library's products do faster than Triton's would.
+Bytes for M x V logits of two bytes. Plain: the logits, their float32 copy, the log-softmax with its
+gradient, and the gradient of the logits are in memory at the same time, 16 M V; about 30 M V are
+moved. Here 64 MB are in memory for any M; the forward moves 4 M V (write, read), the backward
+10 M V (write, read, overwrite, read twice).
 
 Letters: M masked positions, C width of the head's input, V codes.
 """
@@ -26,76 +26,95 @@ from kernels._triton import interpreted, jit, tl, triton
 
 def linear_cross_entropy_plain(hidden, weight, targets):
     """The reference, in plain PyTorch; see `kernels.linear_cross_entropy` for the arguments."""
-    logits = hidden @ weight.T                                                           # (M, V)
-    return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), targets, reduction="none")
+    logits = hidden @ weight.T                                                   # (M, V)
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    return F.cross_entropy(logits, targets, reduction="none")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Triton: one program for each row of logits
+# -------------------------------------------------------------------------------------------------
+# Triton: one program for each row of logits (loss) or block of a row (gradient)
 
 
 @jit
 def loss_kernel(logits,                                # (rows, V) contiguous
                 targets,                               # (rows,) int64
-                losses, lse,                           # out: (rows,) float32, the second the logsumexp of the row
+                losses, lse,                           # out: (rows,) float32; lse: logsumexp
                 V, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     logits += row * V
-    m, l = tl.full((1,), float("-inf"), tl.float32), tl.zeros((1,), tl.float32)
+    m = tl.full((1,), float("-inf"), tl.float32)       # running maximum and sum
+    l = tl.zeros((1,), tl.float32)
     for start in range(0, V, BLOCK):
         i = start + tl.arange(0, BLOCK)[None, :]
-        x = tl.load(logits + i, mask=i < V, other=float("-inf")).to(tl.float32)         # (1, BLOCK)
+        x = tl.load(logits + i, mask=i < V, other=float("-inf")).to(tl.float32)  # (1, BLOCK)
         m_new = tl.maximum(m, tl.max(x, 1))
         l = l * tl.exp(m - m_new) + tl.sum(tl.exp(x - m_new[:, None]), 1)
         m = m_new
     one = tl.arange(0, 1)
     target = tl.load(targets + row + one)
-    x = tl.load(logits + target, mask=(target >= 0) & (target < V), other=float("nan")).to(tl.float32)
+    valid = (target >= 0) & (target < V)               # else the loss is NaN
+    x = tl.load(logits + target, mask=valid, other=float("nan")).to(tl.float32)
     tl.store(lse + row + one, m + tl.log(l))
-    tl.store(losses + row + one, m + tl.log(l) - x)    # a target out of range gives NaN, not a stray read
+    tl.store(losses + row + one, m + tl.log(l) - x)
 
 
 @jit
-def gradient_kernel(logits,                            # (rows, V) contiguous; overwritten by their gradient
+def gradient_kernel(logits,                            # (rows, V) contiguous; becomes the gradient
                     targets, lse, dlosses,             # (rows,) int64, float32, float32
                     V, BLOCK: tl.constexpr):
-    row, i = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     logits += row * V
-    p = tl.exp(tl.load(logits + i, mask=i < V, other=0.0).to(tl.float32) - tl.load(lse + row))
+    x = tl.load(logits + i, mask=i < V, other=0.0).to(tl.float32)                # (BLOCK,)
+    p = tl.exp(x - tl.load(lse + row))
     p = tl.where(i == tl.load(targets + row), p - 1, p)
     tl.store(logits + i, p * tl.load(dlosses + row), mask=i < V)
 
 
-def block():
+# -------------------------------------------------------------------------------------------------
+# Autograd and the public function
+
+
+def block_size():
     """Logits that a program holds at once: 16 for each thread of 4 warps."""
     return 16 if interpreted() else 2048
 
 
 def chunks(rows, V):
-    """Slices of rows whose logits are 2^25 numbers at most; in the interpreter small tests take several."""
+    """Slices of rows with 2^25 logits at most; a few rows in the interpreter."""
     size = 4 if interpreted() else max(1, 2 ** 25 // V)
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
 class LinearCrossEntropy(torch.autograd.Function):
+    """(hidden, weight, targets) -> losses."""
+
     @staticmethod
     def forward(ctx, hidden, weight, targets):
-        V, (losses, lse) = len(weight), torch.empty((2, len(hidden)), dtype=torch.float32, device=hidden.device)
-        for rows in chunks(len(hidden), V):
-            logits = hidden[rows] @ weight.T                                             # (rows, V)
-            loss_kernel[(len(logits),)](logits, targets[rows], losses[rows], lse[rows], V, BLOCK=block(), num_warps=4)
+        M = len(hidden)
+        V = len(weight)
+        losses = torch.empty(M, dtype=torch.float32, device=hidden.device)
+        lse = torch.empty(M, dtype=torch.float32, device=hidden.device)
+        for rows in chunks(M, V):
+            logits = hidden[rows] @ weight.T                                     # (rows, V)
+            loss_kernel[(len(logits),)](logits, targets[rows], losses[rows], lse[rows], V,
+                                        BLOCK=block_size(), num_warps=4)
         ctx.save_for_backward(hidden, weight, targets, lse)
         return losses
 
     @staticmethod
     def backward(ctx, dlosses):
         hidden, weight, targets, lse = ctx.saved_tensors
-        V, dlosses, dhidden = len(weight), dlosses.contiguous(), torch.empty_like(hidden)
-        dweight = torch.zeros_like(weight, dtype=torch.float32)                          # sums over chunks
+        V = len(weight)
+        dlosses = dlosses.contiguous()
+        dhidden = torch.empty_like(hidden)
+        dweight = torch.zeros_like(weight, dtype=torch.float32)                  # sum over chunks
         for rows in chunks(len(hidden), V):
-            dlogits = hidden[rows] @ weight.T                                            # (rows, V), logits so far
-            gradient_kernel[(len(dlogits), triton.cdiv(V, block()))](
-                dlogits, targets[rows], lse[rows], dlosses[rows], V, BLOCK=block(), num_warps=4)
+            dlogits = hidden[rows] @ weight.T                                    # (rows, V), logits
+            gradient_kernel[(len(dlogits), triton.cdiv(V, block_size()))](
+                dlogits, targets[rows], lse[rows], dlosses[rows], V,
+                BLOCK=block_size(), num_warps=4)
             torch.mm(dlogits, weight, out=dhidden[rows])
             dweight += dlogits.T @ hidden[rows]
         return dhidden, dweight.to(weight.dtype), None

@@ -1,18 +1,19 @@
-"""QK-norm and rotary positions: packed projections of text and image -> joint q, k, v, ready for any attention.
+"""QK-norm and rotary positions: packed projections of text and image -> q, k, v for any attention.
 
-For each head, with rows of q and k normalised by their root mean square and weighted, text rows with the text
-stream's weights w, image rows with the image stream's, and image rows then rotated by their position:
+Each head's vector of q and k is divided by its root mean square and multiplied by a weight w: the
+text stream's for text rows, the image stream's for image rows. Image rows are then rotated:
 
     n = x r,  r = 1 / sqrt(mean(x^2) + eps)        y = R(n * w)
 
-R turns each adjacent pair (x0, x1) to (x0 cos - x1 sin, x1 cos + x0 sin); text stands at position 0, where R is the
-identity. Backward, with g = R^T dy (a rotation by the opposite angle):
+R turns each pair of neighbours (x0, x1) to (x0 cos - x1 sin, x1 cos + x0 sin). Text rows are at
+position 0, where R is the identity. Backward, with g = R^T dy (rotation by the opposite angle):
 
-    dw = sum over rows of g * n        dx = r (g * w - n mean(g * w * n))
+    dw = sum over rows and heads of g * n          dx = r (g * w - n mean(g * w * n))
 
-Bytes for each row and head, d = 2 D of them in a vector of half precision. Plain: norm, rotation and concatenation
-each read and write q and k, the norm and the rotation through float32, and v is concatenated: about 50 d. Here each
-of q, k, v is read and written once, 6 d; v of two views that already lie in line in memory is not moved at all, 4 d.
+Bytes for each row and head, in units of one vector (2 D bytes in half precision). Plain: about 50,
+because norm, rotation and concatenation each read and write q and k, two of them in float32, and v
+is concatenated. `joint_qkv_triton`: 6, each of q, k and v is read and written once. `norm_rotate_`:
+4, q and k are overwritten and v stays where it is; for inference only.
 
 Letters: B batch, L text rows, N image rows, S = L + N, H heads, D head size.
 """
@@ -25,119 +26,143 @@ from kernels._triton import interpreted, jit, tl, triton
 EPS = 1e-6
 
 
-# ---------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Plain PyTorch
 
 
 def rms_norm(x, weight, eps=EPS):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis; statistics in float32 (float64 stays float64).
-    Without a weight x itself."""
-    if weight is None:
-        return x
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32 (float64 stays float64)."""
     y = x if x.dtype == torch.float64 else x.float()
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
     return (y * weight).to(x.dtype)
 
 
 def rotate(x, cos, sin):
-    """Rotary positions. x (B, N, H, D), cos and sin (N, D/2) -> (B, N, H, D). Neighbours are a complex number that is
-    turned: on a CPU ten times faster than to part them and put them together again, unless torch.compile, which knows
-    no complex numbers, fuses that with what stands beside it."""
+    """Rotary positions. x (B, N, H, D), cos and sin (N, D/2) -> (B, N, H, D).
+
+    Each pair of neighbours is multiplied as a complex number, which is faster on a CPU than taking
+    the pairs apart. torch.compile does not support complex numbers but fuses the other form.
+    """
     if torch.compiler.is_compiling():
-        a, b, c, s = *x.unflatten(-1, (-1, 2)).unbind(-1), cos[:, None], sin[:, None]    # (B, N, H, D/2), (N, 1, D/2)
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)                             # 2 x (B, N, H, D/2)
+        c = cos[:, None]                                                         # (N, 1, D/2)
+        s = sin[:, None]
         return torch.stack((a * c - b * s, b * c + a * s), -1).flatten(-2).to(x.dtype)
-    dtype = torch.promote_types(x.dtype, cos.dtype)
-    pairs = torch.view_as_complex(x.to(dtype).contiguous().unflatten(-1, (-1, 2)))       # (B, N, H, D/2)
-    turn = torch.complex(cos.to(dtype), sin.to(dtype))[:, None]                          # (N, 1, D/2)
-    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+    dtype = torch.promote_types(x.dtype, torch.promote_types(cos.dtype, torch.float32))
+    pairs = x.to(dtype).contiguous().unflatten(-1, (-1, 2))                      # (B, N, H, D/2, 2)
+    turn = torch.complex(cos.to(dtype), sin.to(dtype))[:, None]                  # (N, 1, D/2)
+    return torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(-2).to(x.dtype)
 
 
 def joint_qkv_plain(text, image, text_norms, image_norms, cos, sin):
     """The reference; see `kernels.attention` for the arguments -> q, k, v, each (B, S, H, D)."""
-    (tq, tk, tv), (iq, ik, iv) = text.unbind(2), image.unbind(2)                         # each (B, rows, H, D)
-    iq, ik = (rotate(rms_norm(x, w), cos, sin) for x, w in zip((iq, ik), image_norms))
-    tq, tk = (rms_norm(x, w) for x, w in zip((tq, tk), text_norms))
-    return tuple(torch.cat(pair, 1) for pair in ((tq, iq), (tk, ik), (tv, iv)))
+    text_q, text_k, text_v = text.unbind(2)                                      # (B, L, H, D) each
+    q, k, v = image.unbind(2)                                                    # (B, N, H, D) each
+    q = rotate(rms_norm(q, image_norms[0]), cos, sin)
+    k = rotate(rms_norm(k, image_norms[1]), cos, sin)
+    q = torch.cat((rms_norm(text_q, text_norms[0]), q), 1)                       # (B, S, H, D)
+    k = torch.cat((rms_norm(text_k, text_norms[1]), k), 1)
+    return q, k, torch.cat((text_v, v), 1)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Pieces that the attention kernel uses too. Tiles are (ROWS, DP) float32, DP the power of two from D on
+# -------------------------------------------------------------------------------------------------
+# Pieces that the attention kernel uses too. DP is the power of two from D on
 
 
 @jit
-def locate(block, batch, head, text, text_b, text_r, text_p, text_h, image, image_b, image_r, image_p, image_h,
-           L, N, ROWS: tl.constexpr):
-    """Block `block` of the blocks of text rows, followed by those of image rows: (pointer to q of its stream, stride
-    of rows, stride from q to k and from k to v, first row of the block, rows of the stream, is text)."""
-    blocks = tl.cdiv(L, ROWS)
+def locate(block, batch, text, text_b, text_r, text_p, text_h, image, image_b, image_r, image_p,
+           image_h, L, N, SIZE: tl.constexpr):
+    """The stream of `block`: blocks of SIZE of the text's L items, then of the image's N items.
+
+    -> pointer to q of the batch item, int64 strides of row, part (q to k to v) and head, first item
+    of the block, number of items of the stream, whether it is the text
+    """
+    blocks = tl.cdiv(L, SIZE)
     is_text = block < blocks
     if is_text:
-        x = text + batch * text_b + head * text_h
-        stride, part = tl.cast(text_r, tl.int64), tl.cast(text_p, tl.int64)
-        first, rows = block * ROWS, tl.cast(L, tl.int32)
+        x = text + batch * text_b
+        row = tl.cast(text_r, tl.int64)
+        part = tl.cast(text_p, tl.int64)
+        head = tl.cast(text_h, tl.int64)
+        first = block * SIZE
+        count = tl.cast(L, tl.int32)
     else:
-        x = image + batch * image_b + head * image_h
-        stride, part = tl.cast(image_r, tl.int64), tl.cast(image_p, tl.int64)
-        first, rows = (block - blocks) * ROWS, tl.cast(N, tl.int32)
-    return x, stride, part, first, rows, is_text
+        x = image + batch * image_b
+        row = tl.cast(image_r, tl.int64)
+        part = tl.cast(image_p, tl.int64)
+        head = tl.cast(image_h, tl.int64)
+        first = (block - blocks) * SIZE
+        count = tl.cast(N, tl.int32)
+    return x, row, part, head, first, count, is_text
 
 
 @jit
 def load_rotation(cos, sin, row, rotated, D, DP: tl.constexpr):
-    """cos and sin (ROWS, DP / 2) of rows (ROWS,); the identity where `rotated` (ROWS,) is false."""
-    i = tl.arange(0, DP // 2)
-    at, inside = row[:, None] * (D // 2) + i[None, :], rotated[:, None] & (i < D // 2)[None, :]
-    return tl.load(cos + at, mask=inside, other=1.0), tl.load(sin + at, mask=inside, other=0.0)
+    """cos and sin (rows, DP / 2) float32 of `row`; the identity where `rotated` is false."""
+    i = tl.arange(0, DP // 2)[None, :]
+    at = row[:, None] * (D // 2) + i
+    inside = rotated[:, None] & (i < D // 2)
+    c = tl.load(cos + at, mask=inside, other=1.0).to(tl.float32)
+    s = tl.load(sin + at, mask=inside, other=0.0).to(tl.float32)
+    return c, s
 
 
 @jit
 def rotate_pairs(x, c, s):
-    """Neighbours stay in one thread, so that neither split nor interleave moves data between threads."""
-    x0, x1 = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))                   # (ROWS, DP / 2) each
+    """x (rows, DP). Neighbours stay in one thread: no data moves between threads."""
+    x0, x1 = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))           # (rows, DP / 2)
     return tl.interleave(x0 * c - x1 * s, x1 * c + x0 * s)
 
 
 @jit
 def inverse_rms(x, D, eps):
-    return tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]                                 # (ROWS, 1)
+    return tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]                         # (rows, 1)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Forward and backward: one program for a block of rows of one stream, one head, one item of the batch
+# -------------------------------------------------------------------------------------------------
+# Forward and backward: one program for SIZE vectors (row and head) of one stream and batch item.
+# Heads of one row are side by side, so that cos and sin are loaded from memory once
 
 
 @jit(do_not_specialize=["L", "N"])
-def qkv_kernel(text, text_b, text_r, text_p, text_h,           # (B, L, 3, H, D), strides of B, L, 3, H
+def qkv_kernel(text, text_b, text_r, text_p, text_h,           # (B, L, 3, H, D), first four strides
                image, image_b, image_r, image_p, image_h,      # (B, N, 3, H, D), the same
                text_wq, text_wk, image_wq, image_wk,           # (D,) weights of the norms
-               cos, sin,                                       # (N, D / 2) float32
+               cos, sin,                                       # (N, D / 2)
                q, k, v,                                        # out: (B, S, H, D) contiguous
-               L, N, H, D, eps, COPY_V: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr):
-    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    x, stride, part, first, rows, is_text = locate(tl.program_id(0), batch, head, text, text_b, text_r, text_p, text_h,
-                                                   image, image_b, image_r, image_p, image_h, L, N, ROWS)
-    row, d = first + tl.arange(0, ROWS), tl.arange(0, DP)[None, :]
-    x += row[:, None] * stride + d                                                       # (ROWS, DP)
-    inside = (row < rows)[:, None] & (d < D)
-    joint = batch * (L + N) + tl.where(is_text, row, row + L)                            # row of (B S)
-    to = (joint * H + head)[:, None] * D + d                                             # (ROWS, DP)
-    wq = text_wq if is_text else image_wq
-    wk = text_wk if is_text else image_wk
-    c, s = load_rotation(cos, sin, row, (row < rows) & (is_text == 0), D, DP)
-
-    y = tl.load(x, mask=inside, other=0.0).to(tl.float32)
-    y = y * inverse_rms(y, D, eps) * tl.load(wq + d, mask=d < D, other=0.0)
-    tl.store(q + to, rotate_pairs(y, c, s), mask=inside)
-    y = tl.load(x + part, mask=inside, other=0.0).to(tl.float32)
-    y = y * inverse_rms(y, D, eps) * tl.load(wk + d, mask=d < D, other=0.0)
-    tl.store(k + to, rotate_pairs(y, c, s), mask=inside)
-    if COPY_V:
+               L, N, H, D, eps: tl.constexpr,
+               IN_PLACE: tl.constexpr, DP: tl.constexpr, SIZE: tl.constexpr):
+    """IN_PLACE: q and k go back to where they came from, v stays there; q, k, v are not used."""
+    batch = tl.program_id(1).to(tl.int64)
+    x, row_stride, part, head_stride, first, count, is_text = locate(
+        tl.program_id(0), batch, text, text_b, text_r, text_p, text_h,
+        image, image_b, image_r, image_p, image_h, L * H, N * H, SIZE)
+    i = first + tl.arange(0, SIZE)
+    row = i // H
+    d = tl.arange(0, DP)[None, :]
+    inside = (i < count)[:, None] & (d < D)
+    x += row[:, None] * row_stride + (i % H)[:, None] * head_stride + d          # (SIZE, DP)
+    xq = tl.load(x, mask=inside, other=0.0).to(tl.float32)
+    xk = tl.load(x + part, mask=inside, other=0.0).to(tl.float32)
+    wq = tl.load((text_wq if is_text else image_wq) + d, mask=d < D, other=0.0).to(tl.float32)
+    wk = tl.load((text_wk if is_text else image_wk) + d, mask=d < D, other=0.0).to(tl.float32)
+    c, s = load_rotation(cos, sin, row, (i < count) & (is_text == 0), D, DP)
+    xq = rotate_pairs(xq * inverse_rms(xq, D, eps) * wq, c, s)
+    xk = rotate_pairs(xk * inverse_rms(xk, D, eps) * wk, c, s)
+    if IN_PLACE:
+        tl.store(x, xq, mask=inside)
+        tl.store(x + part, xk, mask=inside)
+    else:
+        joint = batch * (L + N) * H + tl.where(is_text, i, i + L * H)            # vector of (B S H)
+        to = joint[:, None] * D + d                                              # (SIZE, DP)
+        tl.store(q + to, xq, mask=inside)
+        tl.store(k + to, xk, mask=inside)
         tl.store(v + to, tl.load(x + 2 * part, mask=inside), mask=inside)
 
 
 @jit
 def norm_backward(x, dx, dy, w, dw, c, s, inside, d, D, eps):
-    """dx (pointers like x) and this block's share of dw (pointer to (D,)) from dy."""
+    """Stores dx (pointers like x) and this block's part of dw (pointer to (D,)), from dy."""
     x = tl.load(x, mask=inside, other=0.0).to(tl.float32)
     g = rotate_pairs(tl.load(dy, mask=inside, other=0.0).to(tl.float32), c, -s)
     r = inverse_rms(x, D, eps)
@@ -147,61 +172,81 @@ def norm_backward(x, dx, dy, w, dw, c, s, inside, d, D, eps):
     tl.store(dx, r * (g - n * (tl.sum(g * n, 1) / D)[:, None]), mask=inside)
 
 
-@jit(do_not_specialize=["L", "N"])
+@jit(do_not_specialize=["L", "N", "blocks"])
 def qkv_backward_kernel(text, text_b, text_r, text_p, text_h,          # as in qkv_kernel
                         image, image_b, image_r, image_p, image_h,
                         text_wq, text_wk, image_wq, image_wk, cos, sin,
                         dq, dk, dv,                                    # (B, S, H, D) contiguous
-                        dtext, dimage,                                 # out: (B, rows, 3, H, D) contiguous
-                        dw,                                            # out: (2, B, H, blocks, D) float32
-                        L, N, H, D, eps, DP: tl.constexpr, ROWS: tl.constexpr):
-    block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    x, stride, part, first, rows, is_text = locate(block, batch, head, text, text_b, text_r, text_p, text_h,
-                                                   image, image_b, image_r, image_p, image_h, L, N, ROWS)
-    row, d = first + tl.arange(0, ROWS), tl.arange(0, DP)[None, :]
-    x += row[:, None] * stride + d                                                       # (ROWS, DP)
-    inside = (row < rows)[:, None] & (d < D)
-    joint = batch * (L + N) + tl.where(is_text, row, row + L)
-    at = (joint * H + head)[:, None] * D + d                                             # (ROWS, DP)
+                        dtext, dtext_b, dimage, dimage_b,              # out: like text, image
+                        dw,                                            # out: (4, B, blocks, D)
+                        L, N, H, D, eps: tl.constexpr, blocks,
+                        DP: tl.constexpr, SIZE: tl.constexpr):
+    """dtext, dimage: rows are contiguous, batch items need not be. dw begins as zeros and gets the
+    sums of every block, of text q, text k, image q and image k."""
+    batch = tl.program_id(1).to(tl.int64)
+    x, row_stride, part, head_stride, first, count, is_text = locate(
+        tl.program_id(0), batch, text, text_b, text_r, text_p, text_h,
+        image, image_b, image_r, image_p, image_h, L * H, N * H, SIZE)
+    i = first + tl.arange(0, SIZE)
+    row = i // H
+    d = tl.arange(0, DP)[None, :]
+    inside = (i < count)[:, None] & (d < D)
+    x += row[:, None] * row_stride + (i % H)[:, None] * head_stride + d          # (SIZE, DP)
+    c, s = load_rotation(cos, sin, row, (i < count) & (is_text == 0), D, DP)
+    joint = batch * (L + N) * H + tl.where(is_text, i, i + L * H)
+    at = joint[:, None] * D + d                                                  # (SIZE, DP)
+    dx = (dtext + batch * dtext_b) if is_text else (dimage + batch * dimage_b)
+    dx += (row.to(tl.int64) * 3 * H + i % H)[:, None] * D + d
+    other = tl.num_programs(1).to(tl.int64) * blocks * D                         # from q to k
+    dw += (batch * blocks + first // SIZE) * D + tl.where(is_text, 0, 2 * other)
     wq = text_wq if is_text else image_wq
     wk = text_wk if is_text else image_wk
-    c, s = load_rotation(cos, sin, row, (row < rows) & (is_text == 0), D, DP)
-
-    dx = (dtext if is_text else dimage) + ((batch * rows + row) * 3 * H + head)[:, None] * D + d
-    share = dw + ((batch * H + head) * tl.num_programs(0) + block) * D
-    other = tl.num_programs(2).to(tl.int64) * H * tl.num_programs(0) * D                 # from dw of q to that of k
-    norm_backward(x, dx, dq + at, wq, share, c, s, inside, d, D, eps)
-    norm_backward(x + part, dx + H * D, dk + at, wk, share + other, c, s, inside, d, D, eps)
+    norm_backward(x, dx, dq + at, wq, dw, c, s, inside, d, D, eps)
+    norm_backward(x + part, dx + H * D, dk + at, wk, dw + other, c, s, inside, d, D, eps)
     tl.store(dx + 2 * H * D, tl.load(dv + at, mask=inside), mask=inside)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Autograd and the public function
+# -------------------------------------------------------------------------------------------------
+# Autograd and the public functions
 
 
-def launch(kernel, text, image, norms, cos, sin, *rest, **options):
-    """Both kernels share their first arguments, their grid and their block sizes."""
-    (B, L, _, H, D), N, rows = text.shape, image.shape[1], block_rows()
-    kernel[(triton.cdiv(L, rows) + triton.cdiv(N, rows), H, B)](
-        text, *text.stride()[:4], image, *image.stride()[:4], *norms, cos, sin, *rest, L, N, H, D, EPS,
-        DP=max(16, triton.next_power_of_2(D)), ROWS=rows, num_warps=8, **options)
+def block_size():
+    """Vectors of a block: 32 of 128 numbers are 16 numbers for each thread of 8 warps."""
+    return 16 if interpreted() else 32                # the interpreter's tests cross the edges
 
 
-def block_rows():
-    """32 rows of 128 are 16 numbers for each thread of 8 warps; in the interpreter small tests cross the edges."""
-    return 16 if interpreted() else 32
-
-
-def forward(text, image, norms, cos, sin, v=None):
-    """q, k, v. A given `v` is taken as it is, else it is copied too."""
+def launch(kernel, text, image, norms, cos, sin, *outputs, last=(), **options):
+    """Both kernels share most arguments, their grid and their block sizes."""
     B, L, _, H, D = text.shape
-    q, k = (image.new_empty((B, L + image.shape[1], H, D)) for _ in range(2))
-    copy = torch.empty_like(q) if v is None else v
-    launch(qkv_kernel, text, image, norms, cos, sin, q, k, copy, COPY_V=v is None)
-    return q, k, copy
+    N = image.shape[1]
+    size = block_size()
+    programs = triton.cdiv(L * H, size) + triton.cdiv(N * H, size)
+    kernel[(programs, B)](text, *text.stride()[:4], image, *image.stride()[:4], *norms, cos, sin,
+                          *outputs, L, N, H, D, EPS, *last, SIZE=size,
+                          DP=max(16, triton.next_power_of_2(D)), num_warps=8, **options)
+
+
+def forward(text, image, norms, cos, sin):
+    """-> q, k, v, each (B, S, H, D)."""
+    B, L, _, H, D = text.shape
+    q, k, v = (image.new_empty((B, L + image.shape[1], H, D)) for _ in range(3))
+    launch(qkv_kernel, text, image, norms, cos, sin, q, k, v, IN_PLACE=False)
+    return q, k, v
+
+
+def backward(text, image, norms, cos, sin, dq, dk, dv, dtext, dimage):
+    """Fills dtext and dimage -> gradients of the norms, (4, D)."""
+    B, L, _, H, D = text.shape
+    blocks = triton.cdiv(max(L, image.shape[1]) * H, block_size())
+    dw = torch.zeros((4, B, blocks, D), dtype=torch.float32, device=image.device)
+    launch(qkv_backward_kernel, text, image, norms, cos, sin, dq.contiguous(), dk.contiguous(),
+           dv.contiguous(), dtext, dtext.stride(0), dimage, dimage.stride(0), dw, last=(blocks,))
+    return dw.sum((1, 2)).to(norms[0].dtype)
 
 
 class JointQKV(torch.autograd.Function):
+    """(text, image, four norms, cos, sin) -> q, k, v."""
+
     @staticmethod
     def forward(ctx, text, image, text_wq, text_wk, image_wq, image_wk, cos, sin):
         norms = text_wq, text_wk, image_wq, image_wk
@@ -211,31 +256,46 @@ class JointQKV(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dq, dk, dv):
         text, image, *norms, cos, sin = ctx.saved_tensors
-        (B, L, _, H, D), rows = text.shape, block_rows()
-        dtext, dimage = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (text, image))
-        text_blocks = triton.cdiv(L, rows)
-        blocks = text_blocks + triton.cdiv(image.shape[1], rows)
-        dw = torch.empty((2, B, H, blocks, D), dtype=torch.float32, device=image.device)
-        launch(qkv_backward_kernel, text, image, norms, cos, sin, dq.contiguous(), dk.contiguous(), dv.contiguous(),
-               dtext, dimage, dw)
-        shares = dw.sum((1, 2)).split((text_blocks, blocks - text_blocks), 1)            # text, image: (2, blocks, D)
-        dnorms = (x.sum(0).to(w.dtype) for x, w in zip((*shares[0], *shares[1]), norms))
+        dtext = torch.empty(text.shape, dtype=text.dtype, device=text.device)
+        dimage = torch.empty(image.shape, dtype=image.dtype, device=image.device)
+        dnorms = backward(text, image, norms, cos, sin, dq, dk, dv, dtext, dimage)
         return dtext, dimage, *dnorms, None, None
 
 
-def in_line(text, image):
-    """Whether the rows of text and image follow each other in one tensor, as in a single-modal block."""
-    return (text.untyped_storage().data_ptr() == image.untyped_storage().data_ptr() and text.stride() == image.stride()
-            and text.storage_offset() + text.shape[1] * text.stride(1) == image.storage_offset())
+class PackedQKV(torch.autograd.Function):
+    """(text and image in one tensor, length of the text, four norms, cos, sin) -> q, k, v.
+
+    As JointQKV, but there is one gradient: slices would need two, padded with zeros, and their sum.
+    """
+
+    @staticmethod
+    def forward(ctx, qkv, length, text_wq, text_wk, image_wq, image_wk, cos, sin):
+        norms = text_wq, text_wk, image_wq, image_wk
+        ctx.save_for_backward(qkv, *norms, cos, sin)
+        ctx.length = length
+        return forward(qkv[:, :length], qkv[:, length:], norms, cos, sin)
+
+    @staticmethod
+    def backward(ctx, dq, dk, dv):
+        qkv, *norms, cos, sin = ctx.saved_tensors
+        L = ctx.length
+        dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+        dnorms = backward(qkv[:, :L], qkv[:, L:], norms, cos, sin, dq, dk, dv,
+                          dqkv[:, :L], dqkv[:, L:])
+        return dqkv, None, *dnorms, None, None
 
 
 def joint_qkv_triton(text, image, text_norms, image_norms, cos, sin):
-    """See `kernels.attention` for the arguments -> q, k, v, each (B, S, H, D); v may be a view of the inputs."""
+    """See `kernels.attention` for the arguments -> q, k, v, each (B, S, H, D)."""
+    return JointQKV.apply(text, image, *text_norms, *image_norms, cos, sin)
+
+
+def packed_qkv_triton(qkv, length, text_norms, image_norms, cos, sin):
+    """See `kernels.attention_in_place` for the arguments -> q, k, v, each (B, S, H, D)."""
+    return PackedQKV.apply(qkv, length, *text_norms, *image_norms, cos, sin)
+
+
+def norm_rotate_(text, image, text_norms, image_norms, cos, sin):
+    """Normalise and rotate q and k of `text` and `image` in place; without gradients."""
     norms = *text_norms, *image_norms
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (text, image, *norms)):
-        return JointQKV.apply(text, image, *norms, cos, sin)
-    v = None
-    if not torch.compiler.is_compiling() and in_line(text, image):
-        B, L, _, H, D = text.shape
-        v = text.as_strided((B, L + image.shape[1], 3, H, D), text.stride())[:, :, 2]
-    return forward(text, image, norms, cos, sin, v)
+    launch(qkv_kernel, text, image, norms, cos, sin, image, image, image, IN_PLACE=True)
