@@ -1,0 +1,133 @@
+"""The command line of train.py: its flags, the stages they ask for, and the run they describe.
+
+    args = parse_arguments(PRESETS, STAGES, description, ["--preset", "cpu", "--out", "runs/cpu"])
+    run = open_run(args, PRESETS)
+"""
+import sys
+from pathlib import Path
+
+import torch
+
+from engine import hub
+from engine.checkpoint import UserError
+from engine.cli import Parser, finite, natural, positive
+from engine.data import ImageFiles
+from engine.distributed import Run, own_device
+
+TEXT_LR = 0.3                                     # see chosen_stages
+
+
+def parse_arguments(presets, stages, description, argv=None, name="train.py"):
+    """Read the flags. Errors end the program with one line."""
+    p = Parser(prog=name, description=description)
+    p.add_argument("--out", type=Path, default=Path("runs/shapes"), metavar="FOLDER",
+                   help="folder of the run (default: %(default)s)")
+    p.add_argument("--preset", choices=presets, default="shapes",
+                   help="set of stages and sizes (default: %(default)s)")
+    p.add_argument("--stage", choices=stages, help="one stage (default: all, in turn)")
+    p.add_argument("--resume", action="store_true",
+                   help="go on from the run's checkpoints; finished stages are kept")
+    p.add_argument("--init", metavar="MODEL",
+                   help="start from the parts that this model has: a folder, meissonic, monetico "
+                        "or a hub id; its tokenizer and VQ model are kept")
+    p.add_argument("--text-encoder", metavar="NAME",
+                   help="in place of that of --init: own, laion, a folder or a hub id (default: as "
+                        "in sample.py)")
+    p.add_argument("--data", default="shapes", metavar="SOURCE",
+                   help="shapes; a folder of pictures with NAME.txt or metadata.jsonl; a .tar, a "
+                        "folder or a pattern of WebDataset shards (default: %(default)s)")
+    p.add_argument("--encode", action="store_true",
+                   help="encode the pictures and stop (training does it if need be)")
+    p.add_argument("--seed", type=natural, default=0,
+                   help="of every random choice (default: %(default)s)")
+    p.add_argument("--steps", type=positive,
+                   help="optimizer steps of the stage named by --stage (default: the preset's)")
+    p.add_argument("--batch", type=positive,
+                   help="pictures in a step, over all processes (default: the preset's)")
+    p.add_argument("--lr", type=finite, help="peak learning rate (default: the preset's)")
+    p.add_argument("--accumulate", type=positive, default=1,
+                   help="forward and backward passes in one step (default: %(default)s)")
+    p.add_argument("--checkpointing", action="store_true",
+                   help="recompute the blocks in the backward pass: less memory, a third slower")
+    p.add_argument("--compile", action="store_true",
+                   help="torch.compile the transformer's blocks (a CPU needs a C++ compiler)")
+    p.add_argument("--shard", action="store_true",
+                   help="split parameters, gradients and moments over the processes")
+    p.add_argument("--lora", type=positive, metavar="RANK",
+                   help="train low-rank terms only; written to lora.safetensors")
+    p.add_argument("--save-every", type=positive, default=500,
+                   help="steps between checkpoints (default: %(default)s)")
+    p.add_argument("--eval-every", type=positive, default=2000,
+                   help="steps between sheets of pictures and scores (default: %(default)s)")
+    p.add_argument("--device", help="cpu, cuda (default: cuda if there is one, else cpu)")
+    p.add_argument("--threads", type=positive, help="CPU threads (default: PyTorch's choice)")
+    args = p.parse_args(argv)
+    check_arguments(p, args, chosen_stages(args, presets))
+    return args
+
+
+def check_arguments(parser, args, stages):
+    """Combinations that mean nothing."""
+    if args.steps and args.stage in (None, "tokenizer"):
+        parser.error("--steps wants --stage, and one that has steps")
+    if args.stage not in (None, "tokenizer", *stages):
+        parser.error(f"the preset {args.preset} has no stage {args.stage}")
+    if args.lr is not None and args.lr <= 0:
+        parser.error(f"--lr {args.lr} is not positive")
+    if args.text_encoder and not args.init:
+        parser.error("--text-encoder wants --init")
+    if args.lora and not args.stage:
+        parser.error("--lora wants --stage: it trains one")
+    if args.stage == "vq" and stages["vq"]["steps"] <= stages["vq"]["quantize_from"]:
+        parser.error(f"--steps {args.steps}: latents are quantised after "
+                     f"{stages['vq']['quantize_from']} steps, ask for more")
+
+
+def chosen_stages(args, presets):
+    """{stage: settings} of --preset, changed by --steps, --batch, --lr and --data. Picture files
+    have more than a few colours: the whole VQ model is trained. They have no scenes to learn
+    captions from: the text encoder is trained along with the transformer, at TEXT_LR of its
+    rate."""
+    flags = {"steps": args.steps, "batch": args.batch, "lr": args.lr}
+    flags = {name: value for name, value in flags.items() if value}
+    stages = {stage: settings | flags for stage, settings in presets[args.preset].items()}
+    if args.data == "shapes":
+        return stages
+    if "patch_codes" in stages["vq"]:
+        stages["vq"] = presets["shapes"]["vq"] | flags
+    if stages.pop("text", None):
+        for stage, settings in stages.items():
+            if stage != "vq":
+                stages[stage] = settings | {"text_lr": settings["text_lr"] or TEXT_LR}
+    return stages
+
+
+def open_run(args, presets):
+    """Check what can be checked before the folder is made -> Run. Prints what it runs on."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device, why = hub.choose_device(own_device(args.device))
+    if args.data != "shapes":
+        ImageFiles(args.data)                     # raises SourceError
+    if args.compile:
+        hub.check_compile(device)                 # now, and not in an hour
+    init = text_encoder = None
+    if args.init:
+        found = hub.find_model(args.init, device, torch.float32, args.text_encoder)
+        init, text_encoder = found.folder, found.text_encoder
+    run = Run(args.out, chosen_stages(args, presets), args.seed, device, args.preset, args.data,
+              args.resume, init, args.save_every, args.eval_every, args.accumulate, args.shard,
+              args.checkpointing, args.compile, args.lora, text_encoder)
+    if run.is_main:
+        print(f"run: {run.out} | preset: {run.preset} | device: {run.device} ({why}) | "
+              f"processes: {run.world_size} | products: {str(run.dtype)[6:]} | "
+              f"kernels: {hub.kernel_path(run.device, run.dtype)} | seed: {run.seed}")
+        if run.device.type == "cpu" and run.preset == "shapes" and not args.stage:
+            print("note: this preset is for a GPU; --preset cpu is made for two CPU cores",
+                  file=sys.stderr)
+        new = not (args.stage or run.resume or args.encode)
+        own = init is not None and init.samefile(run.out)
+        if new and not own and (run.out / "tokenizer").is_dir():
+            raise UserError(f"--out {run.out} holds a model: --resume goes on with its training, "
+                            "another folder is a new one's")
+    return run
