@@ -1,0 +1,1 @@
+"""Jobs beside sampling and training, each run as `python -m tools.NAME`."""
