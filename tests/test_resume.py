@@ -1,0 +1,284 @@
+"""Never losing a run: kills, signals, full disks, losses that are not finite."""
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tiny_training import (KILL, RESULTS, SAVE, STAGES, STEPS, VQ_WEIGHTS, assert_same_tensors,
+                           command, contents, copy_parts, copy_run, events, losses, refused,
+                           run_process, script, shrink, trained_run)
+
+import train
+import vq
+from common import photos
+from engine import log, resume, vq_training
+
+VQ_RESULTS = (VQ_WEIGHTS, "vq-0000030.checkpoint.safetensors")
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    """Tiny stages, and one thread: sums over other numbers of threads differ in the last bits."""
+    shrink(monkeypatch)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def out(tmp_path):
+    """A run's folder in which stage vq can begin."""
+    out = copy_parts(tmp_path / "run")
+    for path in (out / "vqvae").iterdir():
+        path.unlink()
+    (out / "vqvae").rmdir()
+    return out
+
+
+def last_step(out, stage):
+    return int(resume.read_metadata(resume.checkpoints(out, stage)[-1])["step"])
+
+
+def interrupt(monkeypatch, step, number, *arguments):
+    """Run a command; the signal comes while `step` is done."""
+    learning_rate = train.learning_rate
+
+    def signalling(n, *rest):
+        if n == step - 1:
+            signal.raise_signal(number)
+        return learning_rate(n, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "learning_rate", signalling)
+        with pytest.raises(SystemExit) as caught:
+            command(*arguments)
+    assert caught.value.code == 130
+
+
+# -----------------------------------------------------------------------------
+# Interruptions
+
+
+@pytest.mark.slow
+def test_killed_inside_a_write_then_resumed_equals_uninterrupted(tmp_path):
+    """kill -9 in the middle of writing a checkpoint, in either stage: the one before is whole, and
+    resuming from it gives the uninterrupted run's weights, averages and moments bit for bit."""
+    killed = script(tmp_path / "killed.py", KILL)
+    arguments = [killed, "--out", tmp_path / "run", "--seed", 3, "--save-every", SAVE, "--resume",
+                 "--threads", 1]
+    for save in ("3", "2"):
+        status, _ = run_process(*arguments, KILL_AT_SAVE=save)
+        assert status == -9
+    status, err = run_process(*arguments)
+    assert status == 0, err
+    assert_same_tensors(trained_run(), tmp_path / "run", *RESULTS)
+
+
+@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))
+def test_a_signal_saves_first(out, monkeypatch, number):
+    """SIGTERM and Ctrl-C in step 13 leave the checkpoint of step 13, and --resume goes on."""
+    arguments = "--out", out, "--seed", 3, "--stage", "vq"
+    interrupt(monkeypatch, 13, number, *arguments)
+    assert last_step(out, "vq") == 13
+    command(*arguments, "--resume")
+    assert_same_tensors(trained_run(), out, *VQ_RESULTS)
+
+
+def test_a_transformer_stage_resumes_alike(tmp_path, monkeypatch):
+    """In a stage with sums of logged values between saves, and a frozen text encoder."""
+    for name in ("whole", "stopped"):
+        arguments = "--out", copy_run(tmp_path / name, "*.checkpoint.*"), "--stage", "3"
+        monkeypatch.setitem(train.PRESETS["shapes"]["3"], "text_lr", 0.0)
+        if name == "stopped":
+            interrupt(monkeypatch, 2, signal.SIGTERM, *arguments)
+            arguments += "--resume",
+        command(*arguments)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "stopped")
+    assert_same_tensors(tmp_path / "whole", tmp_path / "stopped", RESULTS[1], RESULTS[5])
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path):
+    out = copy_run(tmp_path / "run")
+    before = contents(out)
+    command("--out", out, "--seed", 3, "--resume")
+    after = contents(out)
+    assert {name: after[name] for name in before} == before
+
+
+@pytest.mark.slow
+def test_codes_restart_alike_after_an_interruption(out, tmp_path, monkeypatch):
+    """The count of the codes in use outlives a stop between two restarts."""
+    settings = STAGES["vq"] | dict(steps=130, adversary_from=130)
+    monkeypatch.setitem(train.PRESETS["shapes"], "vq", settings)
+    restart_dead_codes, moved = vq_training.restart_dead_codes, []
+
+    def spy(codebook, unused, *rest):
+        moved.append(int(unused.sum()))
+        restart_dead_codes(codebook, unused, *rest)
+
+    monkeypatch.setattr(vq_training, "restart_dead_codes", spy)
+    whole = copy_run(tmp_path / "whole", "*.checkpoint.*", "vqvae")
+    command("--out", whole, "--stage", "vq")
+    interrupt(monkeypatch, 63, signal.SIGTERM, "--out", out, "--stage", "vq")
+    command("--out", out, "--stage", "vq", "--resume")
+    assert len(moved) == 4 and moved[1] > 0 and moved[:2] == moved[2:], moved
+    assert_same_tensors(whole, out, VQ_WEIGHTS, "vq-0000130.checkpoint.safetensors")
+
+
+def test_halves_of_files_are_removed(tmp_path):
+    out = copy_run(tmp_path / "run")
+    for half in (".4-0000500.checkpoint.safetensors.17",
+                 "transformer/.diffusion_pytorch_model.safetensors.17"):
+        (out / half).write_bytes(b"half")
+    command("--out", out, "--stage", "4", "--steps", 3, "--resume", "--seed", 3)
+    assert not list(out.rglob(".*"))
+
+
+# -----------------------------------------------------------------------------
+# Full disks and broken files
+
+
+def full_at(monkeypatch, owner, name, call, error):
+    """The call-th call of owner.name leaves half a file and raises."""
+    write, calls = getattr(owner, name), []
+
+    def full(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == call:
+            if name == "save_file":
+                Path(arguments[1]).write_bytes(b"half")
+            raise error
+        return write(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, full)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(out, monkeypatch, capsys):
+    full_at(monkeypatch, resume, "save_file", 3, OSError(28, "No space left on device"))
+    assert "No space left" in refused(capsys, "--out", out, "--seed", 3, "--stage", "vq")
+    assert last_step(out, "vq") == 10 and not list(out.rglob(".*"))
+
+
+def test_a_full_disk_in_the_words_of_safetensors(out, monkeypatch, capsys):
+    error = SafetensorError("I/O error: No space left on device (os error 28)")
+    full_at(monkeypatch, vq.VQModel, "save_pretrained", 1, error)
+    assert "No space left" in refused(capsys, "--out", out, "--stage", "vq")
+
+
+def test_a_stage_is_over_when_its_model_is_written(out, monkeypatch):
+    """Stopped in the last save, while the model is written: the stage goes on."""
+    error = OSError(28, "No space left on device")
+    with monkeypatch.context() as patch:
+        full_at(patch, vq.VQModel, "save_pretrained", 3, error)
+        with pytest.raises(SystemExit):
+            command("--out", out, "--seed", 3, "--stage", "vq")
+    assert last_step(out, "vq") == 20
+    command("--out", out, "--seed", 3, "--stage", "vq", "--resume")
+    assert_same_tensors(trained_run(), out, *VQ_RESULTS)
+
+
+def test_a_broken_checkpoint_is_named(out, capsys):
+    name = "vq-0000010.checkpoint.safetensors"
+    (out / name).write_bytes(b"half")
+    assert name in refused(capsys, "--out", out, "--stage", "vq", "--resume")
+
+
+def test_the_checkpoint_of_another_model_is_named(out, capsys):
+    name = "vq-0000010.checkpoint.safetensors"
+    os.link(trained_run() / RESULTS[5], out / name)
+    message = refused(capsys, "--out", out, "--stage", "vq", "--seed", 3, "--resume")
+    assert name in message and "not a checkpoint of this run" in message
+
+
+# -----------------------------------------------------------------------------
+# Losses that are not finite
+
+
+def poison(monkeypatch, calls):
+    """Make the loss of these calls of the VQ model's forward NaN -> the pictures of all calls."""
+    forward, seen = vq_training.VQTrainer.forward, []
+
+    def poisoned(self, images, *rest):
+        seen.append(images)
+        loss, *others = forward(self, images, *rest)
+        return loss * (float("nan") if len(seen) in calls else 1), *others
+
+    monkeypatch.setattr(vq_training.VQTrainer, "forward", poisoned)
+    return seen
+
+
+def test_bad_steps_are_dropped_then_the_checkpoint_is_loaded(out, monkeypatch):
+    """One bad step is dropped. Three in a row bring back step 10 and other data."""
+    seen = poison(monkeypatch, (5, 14, 15, 16))
+    command("--out", out, "--seed", 3, "--stage", "vq")
+    assert events(out) == [(5, "dropped"), (14, "dropped"), (15, "dropped"), (16, "dropped"),
+                           (10, "reloaded")]
+    assert len(seen) == STEPS + 6 and not torch.equal(seen[10], seen[16])
+    tensors = load_file(resume.checkpoints(out, "vq")[-1])
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+
+def test_a_dropped_step_changes_no_weight(out, monkeypatch):
+    """AdamW's weights, moments and step counter; the codes in use are counted all the same."""
+    monkeypatch.setitem(train.PRESETS["shapes"]["vq"], "steps", 7)
+    monkeypatch.setitem(train.PRESETS["shapes"]["vq"], "quantize_from", 6)
+    poison(monkeypatch, (5, 6))
+    interrupt(monkeypatch, 4, signal.SIGTERM, "--out", out, "--stage", "vq")
+    before = load_file(resume.checkpoints(out, "vq")[-1])
+    interrupt(monkeypatch, 6, signal.SIGTERM, "--out", out, "--stage", "vq", "--resume")
+    after = load_file(resume.checkpoints(out, "vq")[-1])
+    assert last_step(out, "vq") == 6 and events(out) == [(5, "dropped"), (6, "dropped")]
+    for name, value in before.items():
+        if not name.startswith("ema."):
+            assert torch.equal(after[name], value), name
+
+
+def test_losses_that_are_read_later(out, monkeypatch):
+    """As on a GPU, where they are read every few steps: the same steps are dropped, training goes
+    back to the same step and ends well."""
+    monkeypatch.setattr(log.Log, "is_due", lambda self, step: step % 6 == 0)
+    seen = poison(monkeypatch, (5, 14, 15, 16))
+    command("--out", out, "--seed", 3, "--stage", "vq")
+    assert events(out) == [(5, "dropped"), (14, "dropped"), (15, "dropped"), (16, "dropped"),
+                           (10, "reloaded")]
+    assert len(seen) == STEPS + 8
+    assert losses(out).keys() == {("vq", step) for step in range(1, STEPS + 1) if step != 5}
+
+
+def test_a_loss_that_stays_bad_ends_the_run(out, monkeypatch, capsys):
+    """After three reloads, each with other data. The checkpoint of step 10 stays."""
+    seen = poison(monkeypatch, range(11, 99))
+    assert "--lr" in refused(capsys, "--out", out, "--stage", "vq", "--seed", 3)
+    assert len(seen) == 10 + 12 and last_step(out, "vq") == 10
+    assert not any(torch.equal(seen[10], seen[i]) for i in (13, 16, 19))
+
+
+# -----------------------------------------------------------------------------
+# Whose checkpoints
+
+
+def test_checkpoints_are_thinned():
+    names = [path.name for path in resume.checkpoints(trained_run(), "1")]
+    assert names == ["1-0000020.checkpoint.safetensors", "1-0000030.checkpoint.safetensors"]
+
+
+def test_a_stage_done_again_ends_those_after_it(tmp_path):
+    """Their checkpoints would count as those of the stages that follow."""
+    out = copy_run(tmp_path / "run")
+    command("--out", out, "--stage", "3", "--steps", 2)
+    left = [stage for stage in STAGES if resume.checkpoints(out, stage)]
+    assert left == ["vq", "1", "3"]
+
+
+def test_a_run_is_resumed_with_the_settings_it_began_with(tmp_path, capsys):
+    out, folder = copy_run(tmp_path / "run"), photos(tmp_path / "photos")
+    before = contents(out)
+    again = "--out", out, "--stage", "4", "--steps", 3, "--resume"
+    assert "--seed 3" in refused(capsys, *again, "--seed", 1)
+    assert "--data shapes" in refused(capsys, *again, "--seed", 3, "--data", folder)
+    assert contents(out) == before
+    command(*again, "--seed", 3)
