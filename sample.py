@@ -73,8 +73,9 @@ def make_parser(prog="sample.py", description=__doc__):
         help="own (the model's), laion (the original CLIP tower), a folder or a hub id; the "
              "tokenizer stays the model's (default: laion for meissonic, as in the official "
              "program, else own)")
-    add("--lora", type=Path, metavar="FILE",
-        help="low-rank terms to merge, from train.py --lora or in PEFT's layout")
+    add("--lora", metavar="FILE[:SCALE]",
+        help="low-rank terms to merge, from train.py --lora, PEFT, diffusers or kohya, and their "
+             "strength (default: 1)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one, else cpu)")
     add("--dtype", choices=("float32", "bfloat16", "float16", *QUANTIZED),
         help="of weights and arithmetic; int8 and fp8 quantize the transformer's blocks (default: "

@@ -19,7 +19,7 @@ import meissonic
 import vq
 from engine import fast, rerank
 from engine.checkpoint import CheckpointError, UserError, read_json
-from engine.lora import merge_lora
+from engine.lora import add_terms, parse_lora, read_lora
 from engine.quantize import quantize
 
 MAX_TOKENS = rerank.MAX_TOKENS                # of a batch, and of an edit unless told otherwise
@@ -39,12 +39,13 @@ class Pipeline:
 
     def __init__(self, folder, device="cpu", dtype=torch.float32, lora=None, quantize=None,
                  compile=False, text_encoder=None):
-        """lora: file of low-rank terms to merge. quantize: torch.int8 or float8_e4m3fn for the
-        blocks' weights. compile: torch.compile the blocks, once for each batch size. text_encoder:
-        folder of another text encoder than the checkpoint's, for example of a whole CLIP model; the
-        tokenizer stays. Raises CheckpointError that names the part at fault."""
+        """lora: FILE or FILE:SCALE of low-rank terms to merge. quantize: torch.int8 or
+        float8_e4m3fn for the blocks' weights. compile: torch.compile the blocks, once for each
+        batch size. text_encoder: folder of another text encoder than the checkpoint's, for example
+        of a whole CLIP model; the tokenizer stays. Raises CheckpointError that names the part at
+        fault."""
         self.folder, self.device, self.dtype = Path(folder), torch.device(device), dtype
-        self.lora, self.quantize, self.compile = lora, quantize, compile
+        self.quantize, self.compile = quantize, compile
         self.one_at_a_time, self.prompt_cache = False, {}
         if not self.folder.is_dir():
             raise CheckpointError(f"{folder}: no such folder")
@@ -54,7 +55,9 @@ class Pipeline:
         self.tokenizer = clip.Tokenizer.from_pretrained(self.folder / "tokenizer")
         load = lambda model, part: model.from_pretrained(self.folders[part], dtype, "meta").config
         text = load(clip.TextEncoder, "text_encoder")
-        transformer = load(meissonic.Transformer, "transformer")
+        plain = meissonic.Transformer.from_pretrained(self.folders["transformer"], dtype, "meta")
+        transformer = plain.config
+        self.lora_terms = read_lora(plain, *parse_lora(str(lora))) if lora else []
         pixels = load(vq.VQModel, "vqvae")
         if self.folders["text_encoder"] != own:
             folder = f"{folder} with the text encoder {text_encoder}"
@@ -92,8 +95,7 @@ class Pipeline:
         host = fast.ADAPTIVE_NORMS if self.norms_on_host() else ()
         model = meissonic.Transformer.from_pretrained(self.folders["transformer"], self.dtype,
                                                       device, host)
-        if self.lora:
-            merge_lora(model, self.lora)
+        add_terms(model, self.lora_terms)
         if self.quantize:
             quantize(model, self.quantize, self.device, self.norms_on_host())
         if self.compile:
@@ -138,7 +140,9 @@ class Pipeline:
         of about MAX_TOKENS tokens at most -> (width, height)."""
         shrink = min(1, (MAX_TOKENS * self.f ** 2 / (width * height)) ** 0.5)
         m = self.multiple
-        return tuple(max(m, round(side * shrink / m) * m) for side in (width, height))
+        sides = [max(m, round(side * shrink / m) * m) for side in (width, height)]
+        longest = round(MAX_TOKENS * self.f ** 2 / min(sides) / m) * m     # of a thin picture
+        return tuple(min(side, longest) for side in sides)
 
     # The four steps: encode, all_masked (or engine/edit.py), fill_in, decode
 

@@ -444,16 +444,15 @@ def watch():
         peaks.append(private_bytes())
         time.sleep(0.001)
 
-peaks = []
+peaks, models = [], []                     # models stay alive, so that no memory is used again
 threading.Thread(target=watch, daemon=True).start()
 # the first load is not counted: PyTorch imports more modules there
 for folder, dtype in zip(sys.argv[1:], (torch.float32, torch.float32, torch.float16)):
     before = private_bytes()
     peaks.clear()
-    model = meissonic.Transformer.from_pretrained(folder, dtype)
+    models.append(meissonic.Transformer.from_pretrained(folder, dtype))
     peaks.append(private_bytes())
-    print((max(peaks) - before) / sum(p.nbytes for p in model.parameters()))
-    del model
+    print((max(peaks) - before) / sum(p.nbytes for p in models[-1].parameters()))
 """
 
 
@@ -475,4 +474,4 @@ def test_loading_makes_no_second_copy(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     first, half, full = map(float, done.stdout.split())
-    assert 0.9 < half < 1.2 and 0.9 < full < 1.2
+    assert 0.8 < half < 1.2 and 0.8 < full < 1.2, (half, full)

@@ -22,7 +22,7 @@ VALUES = {
     "model": ["a/b c"], "text-encoder": ["laion"], "lora": ["l o.safetensors"],
     "device": ["cpu"], "dtype": ["int8"],
     "compile": [], "batch": ["2"], "image": ["p 1.png"], "mask": ["-m.png"],
-    "outpaint": ["0,3,0,9"], "feather": ["3"], "strength": ["0.5"], "source": [""],
+    "invert-mask": [], "outpaint": ["0,3,0,9"], "feather": ["3"], "strength": ["0.5"], "source": [""],
 }
 
 
