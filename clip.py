@@ -8,6 +8,7 @@ transformer (paper section 2.2; Radford et al. 2021).
 Letters: B batch, L text positions, D width, H heads of size d, P width of the pooled output.
 """
 import json
+import reprlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ from tokenizers import AddedToken, Regex, Tokenizer as BPETokenizer
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 from torch import nn
 
-from engine.checkpoint import CheckpointError, JsonConfig, Pretrained, read_json, write_json
+from engine.checkpoint import (DEPTH, CheckpointError, JsonConfig, Pretrained, UserError,
+                               first_line, read_json, write_folder, write_json)
 
 # -------------------------------------------------------------------------------------------------
 # Tokenizer
@@ -26,6 +28,8 @@ from engine.checkpoint import CheckpointError, JsonConfig, Pretrained, read_json
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"      # BPE merges within these
 START, END = "<|startoftext|>", "<|endoftext|>"
 BPE_OPTIONS = {"end_of_word_suffix": "</w>", "unk_token": END}
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json",
+                   "tokenizer.json", "added_tokens.json")
 
 
 class Tokenizer:
@@ -61,26 +65,31 @@ class Tokenizer:
         if isinstance(pad, dict):
             pad = pad.get("content")
         if not isinstance(pad, str) or not pad:
-            raise CheckpointError(f"{folder}: pad_token {pad!r} is not a token")
+            raise CheckpointError(f"{folder}: pad_token {reprlib.repr(pad)} is not a token")
         length = config.get("model_max_length", 77)
-        if not isinstance(length, (int, float)) or length < 3:
+        if not isinstance(length, (int, float)) or not length >= 3:           # also NaN
             raise CheckpointError(f"{folder / 'tokenizer_config.json'}: model_max_length "
-                                  f"{length!r} is not a number of tokens")
+                                  f"{reprlib.repr(length)} is not a number of tokens")
         length = int(length) if length < 100_000 else 77      # transformers writes 1e30 for "unset"
         return cls(read_bpe(folder), length, pad, exact_tokens(config))
 
     def save_pretrained(self, folder):
-        """Write vocab.json, merges.txt and the two config files, like the published tokenizers."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.bpe.model.save(str(folder))
+        """Write vocab.json, merges.txt and the two config files, like the published tokenizers. The
+        folder appears whole."""
         names = {"bos_token": START, "eos_token": END, "unk_token": END,
                  "pad_token": self.bpe.id_to_token(self.pad)}
-        write_json(folder / "special_tokens_map.json", names)
-        write_json(folder / "tokenizer_config.json",
-                   {**names, "do_lower_case": True, "model_max_length": self.length,
-                    "tokenizer_class": "CLIPTokenizer", "errors": "replace",
-                    "add_prefix_space": False})
+
+        def write(temporary):
+            try:
+                self.bpe.model.save(str(temporary))
+            except Exception as e:                            # the library raises bare Exception
+                raise UserError(f"{folder}: the tokenizer cannot be written ({e})") from None
+            write_json(temporary / "special_tokens_map.json", names)
+            write_json(temporary / "tokenizer_config.json",
+                       {**names, "do_lower_case": True, "model_max_length": self.length,
+                        "tokenizer_class": "CLIPTokenizer", "errors": "replace",
+                        "add_prefix_space": False})
+        write_folder(folder, write, owned=TOKENIZER_FILES)
 
     def __call__(self, texts, warn=True):
         """list of B str -> (B, length) int64. A text that is too long is cut; it still ends with
@@ -92,7 +101,7 @@ class Tokenizer:
             if warn and len(encoding.ids) > room and text not in self.warned:
                 self.warned.add(text)
                 dropped = dropped_words(text, encoding, room)
-                print(f"prompt cut to {room} tokens; dropped: {dropped!r}", file=sys.stderr)
+                print(f"prompt cut to {room} tokens; dropped: {dropped[:1000]!r}", file=sys.stderr)
             row = [self.start, *encoding.ids[:room], self.end]
             rows.append(row + [self.pad] * (self.length - len(row)))
         return torch.tensor(rows, dtype=torch.int64).view(-1, self.length)
@@ -132,12 +141,30 @@ def read_bpe(folder):
     both = folder / "tokenizer.json"
     try:
         if vocab.is_file() and merges.is_file():
+            check_merges(vocab, merges)
             return byte_pair_tokenizer(models.BPE.from_file(str(vocab), str(merges), **BPE_OPTIONS))
         if both.is_file():
             return byte_pair_tokenizer(BPETokenizer.from_file(str(both)).model)
+    except CheckpointError:
+        raise
     except Exception as e:                                    # the library raises bare Exception
-        raise CheckpointError(f"{folder}: the tokenizer cannot be read ({e})") from None
-    raise CheckpointError(f"{folder}: no vocab.json with merges.txt, and no tokenizer.json")
+        raise CheckpointError(f"{folder}: the tokenizer cannot be read "
+                              f"({first_line(e)})") from None
+    lacking = [path.name for path in (vocab, merges) if not path.is_file()]
+    raise CheckpointError(f"{folder}: no {' and no '.join(lacking)}, and no tokenizer.json")
+
+
+def check_merges(vocab, merges):
+    """Raises CheckpointError if a word of vocab.json is longer than a byte and no line of
+    merges.txt makes it: the file was cut off. Words like <name> are added tokens."""
+    made = set()
+    for line in merges.read_text(encoding="utf-8").split("\n"):
+        made.add("".join(line.split()))
+    lost = [word for word in read_json(vocab) if len(word.removesuffix("</w>")) > 1
+            and word not in made and not (word[0] == "<" and word[-1] == ">")]
+    if lost:
+        raise CheckpointError(f"{merges}: cut off? {len(lost)} words of {vocab.name} have no line "
+                              f"in it, first: {reprlib.repr(lost[0])}")
 
 
 def learn_tokenizer(captions, length):
@@ -173,6 +200,7 @@ class Config(JsonConfig):
     eos_token_id: int = 2                         # NOTE 2 is an old form: END is the largest id
 
     FIXED = {"model_type": "clip_text_model", "attention_dropout": 0.0}
+    BOUNDS = dict(num_hidden_layers=DEPTH, layer_norm_eps=(0, 1), eos_token_id=(0, 2 ** 20))
     # Keys that transformers writes into every config for its generation and training helpers.
     IGNORED = frozenset("""
         architectures torch_dtype dtype transformers_version _name_or_path initializer_factor
@@ -189,6 +217,10 @@ class Config(JsonConfig):
         top_p torchscript typical_p use_bfloat16 use_cache _attn_implementation_autoset""".split())
 
     def __post_init__(self):
+        super().__post_init__()
+        if self.eos_token_id >= max(self.vocab_size, 3):
+            raise CheckpointError(f"text encoder: eos_token_id {self.eos_token_id} is not one of "
+                                  f"the vocab_size {self.vocab_size}")
         if self.hidden_act not in ("gelu", "quick_gelu"):
             raise CheckpointError(f"text encoder: hidden_act {self.hidden_act!r} is not supported, "
                                   "only gelu, quick_gelu")

@@ -3,15 +3,16 @@
     model = Transformer.from_pretrained("weights/shapes/transformer")
     schedule = Schedule.from_pretrained("weights/shapes/scheduler")
     ids = torch.full((1, 16, 16), model.config.mask_token)          # nothing is known yet
-    predict = reference_predictor(model, cond, uncond)              # cond, uncond: Conditioning
-    ids = sample(predict, ids, model.config.mask_token, [0], schedule.plan(256, 256))
+    plan = schedule.plan(num_masked=256, num_tokens=256)
+    predict = reference_predictor(model, cond, uncond)              # engine.pipeline makes both
+    ids = sample(predict, ids, model.config.mask_token, [0], plan)
 
 Read it from top to bottom: config, small modules, the two kinds of block, the whole model, then
 sampling: the mask schedule, guidance, the prediction and the loop. Sections are the paper's.
 
-Letters: B batch, h w tokens along the sides, N image positions that the blocks see (h w, or h w / 4
-behind the compression layers), L text positions, S = L + N, C width, H heads, D head size,
-V codebook entries, M masked positions.
+Letters: B batch, h w tokens along the sides, N = h w, P image positions that the blocks see (N, or
+N / 4 behind the compression layers), L text positions, S = L + P, C width, H heads, D head size,
+V codebook entries, M masked positions of a picture, T steps.
 """
 import math
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import kernels
-from engine.checkpoint import CheckpointError, JsonConfig, Pretrained, read_json
+from engine.checkpoint import (DEPTH, CheckpointError, JsonConfig, Pretrained, check_fields,
+                               read_json)
 
 # -------------------------------------------------------------------------------------------------
 # Config and small modules
@@ -38,7 +40,7 @@ class Config(JsonConfig):
     attention_head_dim: int = 128               # D
     joint_attention_dim: int = 1024             # width of the text encoder's hidden states
     pooled_projection_dim: int = 1024           # width of its pooled output; must equal C
-    axes_dims_rope: tuple = (16, 56, 56)        # head dimensions rotated by (nothing, row, column)
+    axes_dims_rope: tuple[int, ...] = (16, 56, 56)  # parts of D rotated by (nothing, row, column)
     codebook_size: int = 8192                   # V
     vocab_size: int = 8256                      # codes and special tokens; the last is the mask
     downsample: bool = True                     # compression layers before and after the blocks
@@ -46,8 +48,10 @@ class Config(JsonConfig):
 
     FIXED = dict(_class_name="Transformer2DModel", patch_size=1, guidance_embeds=False)
     IGNORED = frozenset({"_diffusers_version", "_name_or_path", "in_channels"})
+    BOUNDS = dict(num_layers=DEPTH, num_single_layers=DEPTH, axes_dims_rope=(0, 2 ** 20))
 
     def __post_init__(self):
+        super().__post_init__()
         axes = self.axes_dims_rope
         if len(axes) != 3 or sum(axes) != self.attention_head_dim or any(d % 2 for d in axes):
             raise CheckpointError(f"axes_dims_rope {axes} must be three even numbers that sum to "
@@ -177,11 +181,13 @@ def rope_table(h, w, axes, device):
 
 # -------------------------------------------------------------------------------------------------
 # Blocks (section 2.3). Adaptive norm: LayerNorm without weights, then * (1 + scale) + shift, both
-# from the conditioning vector temb. QK-norm and rotary positions are inside kernels.attention.
+# from temb, the embedding of masking rate, pooled text and micro conditions (B, C). QK-norm and
+# rotary positions are inside kernels.attention.
 
 
-class AdaNorm(nn.Module):
-    """linear(SiLU(temb)): shift, scale and gate of a block, side by side."""
+class Modulation(nn.Module):
+    """linear(SiLU(temb)): shift, scale and gate of an adaptive norm, side by side. A block calls
+    its own, as sharded training gathers weights block by block."""
     def __init__(self, c, chunks):
         super().__init__()
         self.linear = nn.Linear(c, chunks * c)
@@ -203,12 +209,12 @@ class JointAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(c.width, c.width)])
         self.to_add_out = nn.Linear(c.width, c.width)
 
-    def forward(self, x, text, rope):                                    # (B, N, C), (B, L, C)
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))                  # (B, N, 3, H, D)
+    def forward(self, x, text, rope):                                    # (B, P, C), (B, L, C)
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))                  # (B, P, 3, H, D)
         text_qkv = self.add_qkv(text).unflatten(-1, (3, self.heads, -1))      # (B, L, 3, H, D)
         y = kernels.attention(text_qkv, qkv, (self.norm_added_q.weight, self.norm_added_k.weight),
                               (self.norm_q.weight, self.norm_k.weight), *rope)     # (B, S, C)
-        text, x = y.split((text.shape[1], x.shape[1]), 1)                # (B, L, C), (B, N, C)
+        text, x = y.split((text.shape[1], x.shape[1]), 1)                # (B, L, C), (B, P, C)
         return self.to_out[0](x), self.to_add_out(text)
 
 
@@ -216,19 +222,20 @@ class MultiModalBlock(nn.Module):
     """Two streams, image and text, each with its own weights. They meet in the attention."""
     def __init__(self, c: Config):
         super().__init__()
-        self.norm1, self.norm1_context = AdaNorm(c.width, 6), AdaNorm(c.width, 6)
+        self.norm1, self.norm1_context = Modulation(c.width, 6), Modulation(c.width, 6)
         self.attn = JointAttention(c)
         self.ff, self.ff_context = FeedForward(c.width), FeedForward(c.width)
 
     @property
-    def norms(self):
+    def modulation_layers(self):
         return self.norm1, self.norm1_context
 
-    def forward(self, x, text, temb, rope):              # (B, N, C), (B, L, C), (B, C) -> x, text
-        return self.forward_modulated(x, text, [norm(temb) for norm in self.norms], rope)
+    def forward(self, x, text, temb, rope):              # (B, P, C), (B, L, C), (B, C) -> x, text
+        modulations = [layer(temb) for layer in self.modulation_layers]
+        return self.forward_modulated(x, text, modulations, rope)
 
     def forward_modulated(self, x, text, modulations, rope):
-        """`forward`, given what each of `norms` makes of temb."""
+        """`forward` with the modulations already computed."""
         shift, scale, gate, shift2, scale2, gate2 = modulations[0].chunk(6, -1)
         t_shift, t_scale, t_gate, t_shift2, t_scale2, t_gate2 = modulations[1].chunk(6, -1)
         y, t = self.attn(kernels.norm_modulate(x, shift, scale),
@@ -245,27 +252,27 @@ class SingleBlock(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         self.heads = c.num_attention_heads
-        self.norm = AdaNorm(c.width, 3)
+        self.norm = Modulation(c.width, 3)
         self.qkv_mlp = nn.Linear(c.width, 7 * c.width)                            # q, k, v, 4 C
         self.attn = modules(norm_q=RMSNorm(c.attention_head_dim),
                             norm_k=RMSNorm(c.attention_head_dim))
         self.proj_out = nn.Linear(5 * c.width, c.width)
 
     @property
-    def norms(self):
+    def modulation_layers(self):
         return self.norm,
 
     def forward(self, s, text_length, temb, rope):           # (B, S, C), L, (B, C) -> (B, S, C)
         return self.forward_modulated(s, text_length, [self.norm(temb)], rope)
 
     def forward_modulated(self, s, text_length, modulations, rope):
-        """`forward`, given what `norm` makes of temb."""
+        """`forward` with the modulations already computed."""
         shift, scale, gate = modulations[0].chunk(3, -1)
         packed = self.qkv_mlp(kernels.norm_modulate(s, shift, scale))              # (B, S, 7 C)
         qkv, mlp = packed.split((3 * s.shape[-1], 4 * s.shape[-1]), -1)
         qkv = qkv.unflatten(-1, (3, self.heads, -1))                          # (B, S, 3, H, D)
-        norms = self.attn.norm_q.weight, self.attn.norm_k.weight
-        y = kernels.attention_in_place(qkv, text_length, norms, norms, *rope)         # (B, S, C)
+        qk_norms = self.attn.norm_q.weight, self.attn.norm_k.weight
+        y = kernels.attention_in_place(qkv, text_length, qk_norms, qk_norms, *rope)   # (B, S, C)
         y = self.proj_out(kernels.concat_gelu(y, mlp))                               # (B, S, C)
         return kernels.gated_residual(s, gate, y)
 
@@ -320,7 +327,7 @@ class Transformer(Pretrained):
         return self.encoder_proj_layer_norm(self.context_embedder(hidden))
 
     def embed_image(self, ids):
-        """(B, h, w) -> (B, N, C) and the grid that the blocks see.
+        """(B, h, w) -> (B, P, C) and the grid that the blocks see.
         Raises ValueError for a grid that the compression does not divide."""
         h, w = ids.shape[1:]
         if h % self.config.compression or w % self.config.compression:
@@ -329,17 +336,17 @@ class Transformer(Pretrained):
         x = self.embed.conv(self.embed.layer_norm(self.embed.embeddings(ids)))       # (B, h, w, C)
         if self.config.downsample:
             x = self.down_block.downsample(x)                                    # (B, h/2, w/2, C)
-        x, grid = x.flatten(1, 2), x.shape[1:3]                                         # (B, N, C)
+        x, grid = x.flatten(1, 2), x.shape[1:3]                                         # (B, P, C)
         return self.project_to_hidden(self.project_to_hidden_norm(x)), grid
 
-    def unembed_image(self, x, grid):                                  # (B, N, C) -> (B, h, w, C)
+    def unembed_image(self, x, grid):                                  # (B, P, C) -> (B, h, w, C)
         x = self.project_from_hidden(self.project_from_hidden_norm(x)).unflatten(1, grid)
         return self.up_block.upsample(x) if self.config.upsample else x
 
     def run_blocks(self, ids, text, run_block):
-        """ids (B, h, w), text (B, L, C) -> (B, h, w, C). run_block(block, a, b, rope) calls a block
-        with all but its modulation: that of the conditioning vector, or one computed before."""
-        x, grid = self.embed_image(ids)                                                 # (B, N, C)
+        """ids (B, h, w), text (B, L, C) -> (B, h, w, C). run_block(block, *inputs, rope) runs one
+        block and supplies its modulations: computed from temb here, looked up in engine/fast.py."""
+        x, grid = self.embed_image(ids)                                                 # (B, P, C)
         rope = rope_table(*grid, self.config.axes_dims_rope, x.device)
         for block in self.transformer_blocks:
             x, text = run_block(block, x, text, rope)
@@ -370,16 +377,18 @@ class Transformer(Pretrained):
 
 
 def cosine_schedule(t):
-    """Share still masked at time t in (0, 1]. float32 as in the official code: floor is sharp."""
+    """Share still masked at time t in (0, 1]. float32 as in the official code: one rounding error
+    can change a count."""
     return float(torch.tensor(math.pi / 2 * t).cos())
 
 
 MASK_SCHEDULES = {"cosine": cosine_schedule, "linear": lambda t: 1 - t}
 
-# The condition on the masking rate, as a function of (step, steps, masked, tokens).
-# NOTE Three are in use: the public weights are sampled with `step`, the paper describes `rate`
-# (1000 levels; ours for models trained here), the official training script uses `rate1000`.
-TIMESTEPS = {
+# The timestep tells the model the masking rate: functions of (step, steps, masked, tokens).
+# NOTE Three are in use. `step`, the number of steps left: how the public weights are sampled.
+# `rate`, rounded to 1/1000: the paper's, and that of models trained here. `rate1000`, 1000 times
+# the rate: that of the official training script.
+RATE_CONDITIONS = {
     "step": lambda step, steps, masked, tokens: float(steps - 1 - step),
     "rate": lambda step, steps, masked, tokens: round(1000 * masked / tokens) / 1000,
     "rate1000": lambda step, steps, masked, tokens: float(round(1000 * masked / tokens))}
@@ -404,7 +413,7 @@ def masked_counts(steps, tokens, schedule="cosine"):
 
 class Step(NamedTuple):
     """One step of sampling."""
-    number: int                                 # counter of the noise: no two steps share one
+    number: int                                 # selects the noise: no two steps share one
     timestep: float                             # the model's condition on the masking rate
     temperature: float                          # of the noise on the confidences
     cfg_scale: float                            # of classifier-free guidance; 1 is none
@@ -416,9 +425,20 @@ class Schedule:
     """How a checkpoint is sampled. No field has a default: a wrong one gives wrong pictures."""
     steps: int
     cfg_scale: float
-    temperature: tuple                          # at the first and the last step, linear between
+    temperature: tuple[float, ...]              # at the first and the last step, linear between
     mask_schedule: str                          # one of MASK_SCHEDULES
-    timesteps: str                              # one of TIMESTEPS
+    rate_condition: str                         # one of RATE_CONDITIONS
+
+    BOUNDS = dict(steps=(1, 10 ** 6), cfg_scale=(-1e6, 1e6), temperature=(-1e6, 1e6))
+
+    def __post_init__(self):
+        check_fields(self, self.BOUNDS)
+        if len(self.temperature) != 2:
+            raise CheckpointError(f"temperature {self.temperature} is not two numbers")
+        if self.rate_condition not in RATE_CONDITIONS:
+            raise CheckpointError(f"unknown rate_condition {self.rate_condition!r}")
+        if self.mask_schedule not in MASK_SCHEDULES:
+            raise CheckpointError(f"unknown masking_schedule {self.mask_schedule!r}")
 
     @classmethod
     def from_pretrained(cls, folder):
@@ -429,14 +449,14 @@ class Schedule:
         defaults = raw.get("defaults", {})
         if not isinstance(defaults, dict):
             raise CheckpointError(f"{path}: defaults {defaults!r} is not an object")
-        schedule = cls(defaults.get("steps", 48), defaults.get("cfg", 9.0),
-                       tuple(defaults.get("temperature", (2.0, 0.0))),
+        temperature = defaults.get("temperature", (2.0, 0.0))
+        if isinstance(temperature, list):
+            temperature = tuple(temperature)
+        try:
+            return cls(defaults.get("steps", 48), defaults.get("cfg", 9.0), temperature,
                        raw.get("masking_schedule", "cosine"), raw.get("rate_condition", "step"))
-        if schedule.timesteps not in list(TIMESTEPS):
-            raise CheckpointError(f"{path}: unknown rate_condition {schedule.timesteps!r}")
-        if schedule.mask_schedule not in list(MASK_SCHEDULES):
-            raise CheckpointError(f"{path}: unknown masking_schedule {schedule.mask_schedule!r}")
-        return schedule
+        except CheckpointError as e:
+            raise CheckpointError(f"{path}: {e}") from None
 
     def plan(self, num_masked, num_tokens):
         """The steps that fill in `num_masked` of a picture's `num_tokens` -> list of Step.
@@ -448,7 +468,7 @@ class Schedule:
         plan = []
         for i, (before, after) in enumerate(zip([num_masked, *counts], counts)):
             if before > 0:
-                timestep = TIMESTEPS[self.timesteps](i, self.steps, before, num_tokens)
+                timestep = RATE_CONDITIONS[self.rate_condition](i, self.steps, before, num_tokens)
                 temperature = first + (last - first) * i / max(self.steps - 1, 1)
                 plan.append(Step(i, timestep, temperature, self.cfg_scale, after))
         return plan
@@ -456,7 +476,8 @@ class Schedule:
 
 @dataclass
 class Conditioning:
-    """What the transformer is told: hidden (B, L, D), pooled (B, C), micro_conds (B, 5)."""
+    """What the transformer is told: hidden (B, L, text width), pooled (B, C),
+    micro_conds (B, 5)."""
     hidden: torch.Tensor
     pooled: torch.Tensor
     micro_conds: torch.Tensor

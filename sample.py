@@ -14,8 +14,9 @@ Letters: B pictures of a batch, h w tokens.
 """
 from pathlib import Path
 
-from engine.cli import (Parser, feather, finite, margins, natural, positive, script, seed, share,
-                        size)
+from engine.cli import (Parser, batch_size, feather, finite, home, margins, number_of_candidates,
+                        number_of_passes, number_of_pictures, number_of_steps, path, say, script,
+                        seed, share, size)
 from engine.hub import QUANTIZED
 from engine.images import save_png
 from engine.jobs import DEFAULT_PROMPT, prepare
@@ -23,7 +24,8 @@ from engine.settings import parse_like
 from meissonic import MASK_SCHEDULES
 
 TURN = 32                                 # pictures that are filled in before they are decoded
-OUT_OF_MEMORY = "lower --size, --batch or --n, or use --dtype bfloat16"
+OUT_OF_MEMORY = ("lower --size, --batch, --n, or --best-of if it is above 1, or use --dtype "
+                 "bfloat16")
 
 
 def make_parser(prog="sample.py", description=__doc__):
@@ -32,22 +34,23 @@ def make_parser(prog="sample.py", description=__doc__):
     add = p.add_argument
     add("--prompt", nargs="+", metavar="TEXT",
         help=f'one or more; "" is allowed (default: "{DEFAULT_PROMPT}")')
-    add("--prompt-file", type=Path, metavar="FILE", help="more prompts, one a line, UTF-8")
+    add("--prompt-file", type=path, metavar="FILE", help="more prompts, one a line, UTF-8")
     add("--negative", metavar="TEXT",
         help="the prompt that guidance steers away from (default: the model's; for meissonic and "
              'monetico the official list of quality words, else "", which means none)')
-    add("--n", type=positive, default=1,
+    add("--n", type=number_of_pictures, default=1,
         help="pictures for each prompt, with seeds SEED, SEED + 1, ... (default: 1)")
-    add("--seed", type=seed, default=0, help="the same seed gives the same picture (default: 0)")
+    add("--seed", type=seed, default=0,
+        help="the same seed gives the same picture; -1 draws one (default: 0)")
     add("--size", type=size, metavar="N|WxH",
         help="pixels (default: the model's; 1024 for meissonic, 64 for shapes)")
-    add("--out", type=Path, default=Path("out"), metavar="PATH",
-        help="a .png file for one picture, else a folder (default: out)")
-    add("--like", type=Path, metavar="FILE.png",
+    add("--out", type=path, default=Path("out"), metavar="PATH",
+        help="a .png file for one picture, else a folder, where no file is replaced (default: out)")
+    add("--like", type=path, metavar="FILE.png",
         help="use the settings that are stored in a PNG of this program; other flags override them")
 
     add = p.add_argument_group("sampling").add_argument
-    add("--steps", type=positive,
+    add("--steps", type=number_of_steps,
         help="sampling steps (default: the model's; 48 for meissonic, 32 for shapes)")
     add("--cfg", type=finite,
         help="guidance scale, 1 is none (default: the model's; 9 for meissonic, 1.5 for shapes)")
@@ -56,24 +59,24 @@ def make_parser(prog="sample.py", description=__doc__):
              "(default: the model's; 2 0 for meissonic, 4 0 for shapes)")
     add("--schedule", choices=tuple(MASK_SCHEDULES),
         help="how the number of masked tokens falls over the steps (default: the model's, cosine)")
-    add("--remask", type=natural, metavar="N",
+    add("--remask", type=number_of_passes, metavar="N",
         help="passes that mask a random quarter of the finished tokens and draw them again "
              "(default: the model's; 0 for meissonic, 4 for shapes)")
-    add("--best-of", type=positive, metavar="N",
+    add("--best-of", type=number_of_candidates, metavar="N",
         help="candidates drawn for each picture; the one that fits its prompt best is kept "
              "(default: the model's; 1 for meissonic, 8 for shapes)")
     add("--score-condition", type=finite,
         help="aesthetic score to ask for (default: the model's, 6)")
 
     add = p.add_argument_group("model and device").add_argument
-    add("--model", default="auto",
+    add("--model", type=home, default="auto",
         help="shapes, meissonic, monetico, a hub id or a folder (default: auto: meissonic where "
              "there is a CUDA GPU and the weights can be had, else shapes)")
-    add("--text-encoder", metavar="NAME",
+    add("--text-encoder", type=home, metavar="NAME",
         help="own (the model's), laion (the original CLIP tower), a folder or a hub id; the "
              "tokenizer stays the model's (default: laion for meissonic, as in the official "
              "program, else own)")
-    add("--lora", metavar="FILE[:SCALE]",
+    add("--lora", type=home, metavar="FILE[:SCALE]",
         help="low-rank terms to merge, from train.py --lora, PEFT, diffusers or kohya, and their "
              "strength (default: 1)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one, else cpu)")
@@ -83,16 +86,16 @@ def make_parser(prog="sample.py", description=__doc__):
     add("--compile", action="store_true",
         help="torch.compile the transformer's blocks: takes half a minute, pays for many pictures "
              "(on a CPU it needs a C++ compiler)")
-    add("--batch", type=positive,
+    add("--batch", type=batch_size,
         help="pictures made at a time (default: as many as 4096 tokens hold, at most 16)")
 
     add = p.add_argument_group(
         "editing", "The result has the size of --image; --size is the one at which the model "
         "works (default: the nearest that it takes).").add_argument
-    add("--image", type=Path, metavar="P",
+    add("--image", type=path, metavar="P",
         help="the picture to edit; with --prompt alone, the tokens are redrawn whose likelihood "
              "the prompt changes most")
-    add("--mask", type=Path, metavar="M",
+    add("--mask", type=path, metavar="M",
         help="a picture of any size, stretched to that of --image: white is redrawn")
     add("--invert-mask", action="store_true", help="black in M is redrawn, not white")
     add("--outpaint", type=margins, metavar="LEFT,TOP,RIGHT,BOTTOM",
@@ -165,11 +168,14 @@ def decode(run, ids):
 
 
 def save_pictures(run, batch, ids, png_texts):
-    """Decode ids (B, h, w) and write a PNG for each Job that has a path."""
+    """Decode ids (B, h, w) and write a PNG for each Job that has a path -> their paths, or None."""
+    paths = []
     for job, job_ids, text in zip(batch, ids, png_texts):
+        paths.append(run.place(job) if job.path else None)
         if job.path:
-            save_png(job.path, decode(run, job_ids), text)
-            print(f"wrote {job.path}")
+            save_png(paths[-1], decode(run, job_ids), text)
+            say(f"wrote {paths[-1]}")
+    return paths
 
 
 def in_turns(batches):

@@ -42,7 +42,7 @@ from engine.distributed import clip_gradients
 from engine.log import Log, print_summary
 from engine.lora import add_lora
 from engine.model_folder import (MADE_BY, check_fit, check_stages, copy_init, is_finished,
-                                 load_part, report_sizes, save_model, timestep_convention)
+                                 load_part, report_sizes, save_model, rate_condition_of)
 from engine.recipe import FileRecipe, encode_stage, evaluate, token_folder
 from engine.task import (Task, accumulate_gradients, decay_groups, is_due, not_finite, recomputed,
                          set_lr)
@@ -116,7 +116,7 @@ MODELS = {                                        # configs; what they leave out
 # The objective (section 2.2)
 
 
-def sample_mask(rng, batch, tokens):
+def draw_mask(rng, batch, tokens):
     """Which tokens are masked -> (batch, tokens) bool, at least one in each row. The masking rate
     is r = cos(pi t / 2) with t uniform in [0, 1]. Its density is the arccos law
     2/pi (1 - r^2)^(-1/2). High rates are the most frequent, as in the first steps of sampling."""
@@ -189,7 +189,7 @@ def initialize_weights(model):
         elif isinstance(module, meissonic.MLP):
             for linear in (module.linear_1, module.linear_2):         # keeps the caption's variance
                 nn.init.normal_(linear.weight, std=1.5 / linear.in_features ** 0.5)
-        elif isinstance(module, meissonic.AdaNorm):
+        elif isinstance(module, meissonic.Modulation):
             nn.init.zeros_(module.linear.weight)
             nn.init.zeros_(module.linear.bias)
     # The micro conditions are 1280 of the inputs and nearly constant. The pooled text is C of them.
@@ -245,7 +245,7 @@ def transformer_task(run, recipe, stage, model, cond_drop_prob=0.1):
     """The Task that trains a MaskedImageModel on the pictures of a stage, which are encoded."""
     settings = run.stages[stage]
     steps, batch = settings["steps"], settings["batch"]
-    timestep_of = meissonic.TIMESTEPS[timestep_convention(run.out)]
+    timestep_of = meissonic.RATE_CONDITIONS[rate_condition_of(run.out)]
     empty_caption = clip.Tokenizer.from_pretrained(run.out / "tokenizer")([""])    # (1, L)
     dataset = TokenDataset(token_folder(run, stage))
     tokens = math.prod(dataset.grid)                                               # N
@@ -254,7 +254,7 @@ def transformer_task(run, recipe, stage, model, cond_drop_prob=0.1):
         rng = run.rng(stage, step, attempt)
         index = epoch_indices([run.seed, attempt], step, batch, len(dataset))      # (batch,)
         drop = rng.random(batch) < cond_drop_prob         # (batch,) captions, for guidance
-        mask = sample_mask(rng, batch, tokens)                                     # (batch, N)
+        mask = draw_mask(rng, batch, tokens)                                     # (batch, N)
         for own_index, own_drop, own_mask in run.rank_slice(index, drop, mask):
             ids, text_ids, micro_conds = dataset[own_index]
             text_ids = torch.where(torch.from_numpy(own_drop)[:, None], empty_caption, text_ids)
@@ -360,21 +360,22 @@ def run_stage(run, recipe, stage):
 def main(argv=None):
     args = options.parse_arguments(PRESETS, STAGES, __doc__, argv)
     run = options.open_run(args, PRESETS)
-    recipe = choose_recipe(run)
-    copy_init(run)
-    report_sizes(run, MODELS[run.preset])
-    stages = [args.stage] if args.stage else ["tokenizer", *run.stages]
-    if not args.encode:
-        check_stages(run, stages)
-    for stage in stages:
-        if is_finished(run, stage, args.encode):
-            continue
-        if args.encode and stage not in MADE_BY:
-            encode_stage(run, recipe, stage)
-        else:
-            run_stage(run, recipe, stage)
-    if run.is_main and not args.encode and (run.out / "log.jsonl").is_file():
-        print_summary(run.out)
+    with resume.only_run_in(run):                 # raises UserError if another one runs there
+        recipe = choose_recipe(run)
+        copy_init(run)
+        report_sizes(run, MODELS[run.preset])
+        stages = [args.stage] if args.stage else ["tokenizer", *run.stages]
+        if not args.encode:
+            check_stages(run, stages)
+        for stage in stages:
+            if is_finished(run, stage, args.encode):
+                continue
+            if args.encode and stage not in MADE_BY:
+                encode_stage(run, recipe, stage)
+            else:
+                run_stage(run, recipe, stage)
+        if run.is_main and not args.encode and (run.out / "log.jsonl").is_file():
+            print_summary(run.out)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine.checkpoint import CheckpointError, JsonConfig, Pretrained
+from engine.checkpoint import DEPTH, CheckpointError, JsonConfig, Pretrained
 
 
 @dataclass
 class Config(JsonConfig):
     """The defaults are the published configuration."""
-    block_out_channels: tuple = (128, 256, 256, 512, 768)     # one per level, finest first
+    block_out_channels: tuple[int, ...] = (128, 256, 256, 512, 768)     # per level, finest first
     layers_per_block: int = 2
     latent_channels: int = 64
     vq_embed_dim: int | None = None                           # E; None: latent_channels
@@ -30,15 +30,20 @@ class Config(JsonConfig):
     norm_num_groups: int = 32
     in_channels: int = 3
     out_channels: int = 3
-    down_block_types: tuple = ()                              # one DownEncoderBlock2D per level
-    up_block_types: tuple = ()                                # one UpDecoderBlock2D per level
+    down_block_types: tuple[str, ...] = ()                    # one DownEncoderBlock2D per level
+    up_block_types: tuple[str, ...] = ()                      # one UpDecoderBlock2D per level
 
     FIXED = {"_class_name": "VQModel", "act_fn": "silu", "norm_type": "group",
              "mid_block_add_attention": False, "lookup_from_codebook": True}
     IGNORED = frozenset({"_diffusers_version", "_name_or_path", "sample_size", "scaling_factor",
                          "force_upcast"})
 
+    BOUNDS = dict(layers_per_block=DEPTH, in_channels=(3, 3), out_channels=(3, 3))
+
     def __post_init__(self):
+        super().__post_init__()
+        if not 1 <= len(self.block_out_channels) <= 10:
+            raise CheckpointError("block_out_channels: not 1 to 10 levels")
         down = ("DownEncoderBlock2D",) * len(self.block_out_channels)
         up = ("UpDecoderBlock2D",) * len(self.block_out_channels)
         self.down_block_types = tuple(self.down_block_types) or down

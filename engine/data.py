@@ -11,8 +11,10 @@ Letters: B batch, M pictures of a file, H W pixels, h w tokens, L text positions
 """
 import json
 import math
+import multiprocessing
 import os
-import sys
+import threading
+import time
 import zlib
 from functools import lru_cache
 from pathlib import Path
@@ -20,12 +22,12 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from engine.checkpoint import CheckpointError, UserError, atomic_write
+from engine.checkpoint import UserError, read_metadata, write_tensors, write_text
+from engine.cli import note, visible
 from engine.image_files import ImageFiles
 from engine.images import PictureError, crop_square
 
@@ -171,7 +173,20 @@ def _read_batches(source, files, use_workers):
         workers = min(16, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     sampler = [batch for file in files for batch in file.batches]
     return iter(DataLoader(_Attempts(source), batch_sampler=sampler, collate_fn=list,
-                           num_workers=workers))
+                           num_workers=workers, worker_init_fn=end_with_parent))
+
+
+def end_with_parent(worker):
+    """Let this worker process end within a second after its parent, also if that was killed. It
+    would wait for ever to hand on its last pictures."""
+    parent = multiprocessing.parent_process().pid
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _write_tokens(file, batches, vq_model, tokenizer, device):
@@ -188,7 +203,7 @@ def _write_tokens(file, batches, vq_model, tokenizer, device):
     if parts:
         tensors = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
     metadata = file.metadata | {"skipped": json.dumps(skipped)}
-    atomic_write(file.path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    write_tensors(file.path, tensors, metadata)
 
 
 @torch.no_grad()
@@ -207,17 +222,8 @@ def _report_skipped(source, folder, out):
         skipped += json.loads(read_metadata(path)["skipped"])
     if skipped:
         first = "; ".join(skipped[:3])
-        print(f"{len(skipped)} pictures skipped; the first: {first}", file=sys.stderr)
-        (out / "skipped.txt").write_text("\n".join(skipped) + "\n", encoding="utf-8")
-
-
-def read_metadata(path):
-    """The metadata of a safetensors file, {key: str}. Raises CheckpointError."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
-    except (SafetensorError, OSError) as e:
-        raise CheckpointError(f"{path}: not a whole safetensors file ({e}); remove it") from None
+        note(f"{len(skipped)} pictures skipped; the first: {first}")
+        write_text(out / "skipped.txt", "\n".join(map(visible, skipped)) + "\n")
 
 
 class TokenDataset:

@@ -11,7 +11,6 @@ Paper section 3.3.
 
 Letters: B pictures, H W pixels, h w tokens, N tokens of a picture.
 """
-import sys
 import zlib
 from dataclasses import dataclass, field, replace
 
@@ -21,6 +20,7 @@ from PIL import Image, ImageFilter
 
 import kernels
 from engine.checkpoint import UserError
+from engine.cli import note
 from engine.images import PictureError, flatten_alpha, read_image
 from engine.rerank import token_saliency
 
@@ -79,7 +79,7 @@ class Edit:
         score = pipe.score if score is None else score
         old = pipe.encode([self.source] * len(prompts), size, score)
         new = pipe.encode(prompts, size, score)
-        return token_saliency(pipe.transformer, ids, old, new, pipe.schedule.timesteps)
+        return token_saliency(pipe.transformer, ids, old, new, pipe.schedule.rate_condition)
 
     def schedule(self, schedule):
         """After start(): the schedule with as many steps as the strength asks for."""
@@ -229,16 +229,15 @@ def white_pixels(image, path):
     if image.mode == "RGBA":
         opaque = np.asarray(image.getchannel("A")) > 127
     if grey.max() == 1:                           # written as the numbers 0 and 1
-        print(f"note: --mask {path}: its values 0 and 1 are read as black and white",
-              file=sys.stderr)
+        note(f"note: --mask {path}: its values 0 and 1 are read as black and white")
         grey = grey * 255
     white = grey > 127
     if opaque.all() or not opaque.any():
         return white & opaque
     shades = grey[opaque]
     if white[opaque].all() or not white[opaque].any():
-        print(f"note: --mask {path} has one colour and a transparent part: the opaque part is "
-              "repainted; --invert-mask repaints the transparent part", file=sys.stderr)
+        note(f"note: --mask {path} has one colour and a transparent part: the opaque part is "
+             "repainted; --invert-mask repaints the transparent part")
         return opaque
     if np.mean((shades > 31) & (shades < 224)) > 0.5:
         raise UserError(f"--mask {path}: a picture with a transparent part, not a mask; paint what "

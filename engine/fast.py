@@ -1,4 +1,4 @@
-"""The fast predictor: the same logits as meissonic.reference_predictor, to rounding.
+"""The fast predictor: the logits of meissonic.reference_predictor, but for rounding.
 
     predict = fast.predictor(model, cond, uncond, plan)
     ids = meissonic.sample(predict, ids, mask_token, seeds, plan)
@@ -52,15 +52,15 @@ def concatenate(*conditionings):
     return Conditioning(*(torch.cat(part) for part in parts))
 
 
-def adaptive_norms(model):
+def modulation_layers(model):
     """All adaptive norms in the order in which the blocks use them."""
-    return [norm for block in model.blocks for norm in block.norms]
+    return [norm for block in model.blocks for norm in block.modulation_layers]
 
 
 def precompute_modulations(model, cond, timesteps):
     """What each adaptive norm makes of temb, for all timesteps -> (T, B, W). The weights are read
     once; they may lie on the host. Written in place, because the result is large."""
-    norms, device = adaptive_norms(model), cond.pooled.device
+    norms, device = modulation_layers(model), cond.pooled.device
     time = model.embed_timestep(torch.tensor(timesteps, device=device), cond.pooled.dtype)
     temb = time[:, None] + model.embed_prompt(cond.pooled, cond.micro_conds)           # (T, B, C)
     x, sizes = F.silu(temb), [norm.linear.out_features for norm in norms]
@@ -85,11 +85,11 @@ def features(model, ids, text, modulations):
 
 
 def run(model, ids, text, modulations):
-    sizes = [norm.linear.out_features for norm in adaptive_norms(model)]
+    sizes = [norm.linear.out_features for norm in modulation_layers(model)]
     parts = iter(modulations.split(sizes, -1))
 
     def run_block(block, a, b, rope):
-        return block.forward_modulated(a, b, [next(parts) for _ in block.norms], rope)
+        return block.forward_modulated(a, b, [next(parts) for _ in block.modulation_layers], rope)
     return model.run_blocks(ids, text, run_block)
 
 

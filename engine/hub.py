@@ -8,7 +8,6 @@
 Each choice comes with its reason, for the line that a run prints first. Choices raise UserError.
 """
 import re
-import sys
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +19,7 @@ import kernels
 import meissonic
 import vq
 from engine.checkpoint import CheckpointError, UserError, weight_files
+from engine.cli import note, visible
 
 BUNDLED = Path(__file__).parent.parent / "weights" / "shapes"
 MEISSONIC, MONETICO = "MeissonFlow/Meissonic", "Collov-Labs/Monetico"
@@ -74,14 +74,22 @@ def find_default(device, dtype, text_encoder):
 
 
 def find_place(name, short_names, what):
-    """A short name, a folder or a hub id -> folder (Path) or repository (str)."""
+    """A short name, a folder or a hub id -> folder (Path) or repository (str). Where OWNER is a
+    folder here, OWNER/NAME is one too, or a mistake."""
     if name in short_names:
         return short_names[name]
-    if Path(name).is_dir():
-        return Path(name)
+    folder = Path(name)
+    if name and folder.is_dir():
+        return folder
+    if name and folder.exists():
+        raise UserError(f"{what} {name}: a file; name the folder that has transformer, vqvae, "
+                        "text_encoder" if what == "model" else f"{what} {name}: not a folder")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/", "~")):
         raise UserError(f"no {what} {name!r}: neither a folder, nor {', '.join(short_names)}, "
                         "nor a hub id OWNER/NAME")
+    if folder.parent.is_dir():
+        raise UserError(f"no {what} {name}: there is a folder {folder.parent}, but no "
+                        f"{folder.name} in it")
     return name
 
 
@@ -168,8 +176,8 @@ def plan_download(wanted, dtype):
     try:
         info = HfApi().model_info(repo, timeout=5, files_metadata=True)
     except Exception as e:                # the hub's transport errors differ between its versions
-        raise UserError(f"{repo} is not in the hub cache and cannot be fetched ({first_line(e)}); "
-                        f"connect to the network, or {wanted.advice}") from None
+        raise hub_error(repo, e, f"{repo} is not in the hub cache and cannot be fetched "
+                        f"({first_line(e)}); connect to the network, or {wanted.advice}") from None
     sizes = {file.rfilename: file.size or 0 for file in info.siblings}
     fitting = [parts for parts in wanted.layouts
                if all(config_name(part) in sizes for part in parts)]
@@ -182,14 +190,13 @@ def announce(wanted, downloads, dtype):
     """Say on stderr what is fetched, how large it is, where to, and what would make it less."""
     from huggingface_hub import constants
     total = in_bytes(sum(download.size for download in downloads))
-    print(f"fetching {total} to {constants.HF_HUB_CACHE}, once; if it is cut, the next run goes "
-          "on:", file=sys.stderr)
+    note(f"fetching {total} to {constants.HF_HUB_CACHE}, once; if it is cut, the next run goes on:")
     for one, download in zip(wanted, downloads):
         line = f"    {in_bytes(download.size)}  {one.place}"
         if isinstance(one.spares, str):
             own = plan_download(Wanted(one.spares, (OWN_TEXT,), one.advice), dtype)
             line += f" for its text encoder (--text-encoder own: {in_bytes(own.size)} instead)"
-        print(line, file=sys.stderr, flush=True)
+        note(line)
 
 
 def in_bytes(size):
@@ -202,14 +209,29 @@ def fetch(download):
     try:
         return Path(snapshot_download(download.repo, allow_patterns=download.files))
     except Exception as e:                                # see plan_download
-        raise UserError(f"{download.repo} could not be fetched ({first_line(e)}); the next run "
-                        f"goes on from there; or {download.advice}") from None
+        raise hub_error(download.repo, e, f"{download.repo} could not be fetched "
+                        f"({first_line(e)}); the next run goes on from there; or "
+                        f"{download.advice}") from None
+
+
+def hub_error(repo, error, otherwise):
+    """An error of the hub's client -> UserError: a repository that wants a permission, one that is
+    not there, or the words `otherwise`. The hub answers 401 for missing and for private ones."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, GatedRepoError) or status == 403:
+        return UserError(f"{repo} asks for a permission: accept its terms on its page of the hub "
+                         "and log in with `hf auth login`")
+    if isinstance(error, RepositoryNotFoundError) or status in (401, 404):
+        return UserError(f"{repo}: the hub has no such public repository; check the name, or log "
+                         "in with `hf auth login` if it is private")
+    return UserError(otherwise)
 
 
 def first_line(error, length=150):
     """The first line of an error's message, or its type."""
     lines = str(error).strip().splitlines()
-    return lines[0][:length] if lines else type(error).__name__
+    return visible(lines[0][:length]) if lines else type(error).__name__
 
 
 def config_name(part):

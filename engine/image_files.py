@@ -10,17 +10,23 @@ import codecs
 import glob
 import json
 import os
+import re
 import tarfile
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from engine.checkpoint import UserError
-from engine.images import decode_image, picture_error, printable
+from engine.checkpoint import UserError, read_file
+from engine.cli import visible
+from engine.images import MAX_BYTES, decode_image, picture_error, printable
 
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 MAX_SCORE = 3.4028234663852886e38             # the largest float32
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif",
+            ".avif")
+MAX_TEXT = 2 ** 24                            # bytes of a caption, or of the JSON beside a picture
+MAX_METADATA = 2 ** 32                        # bytes of a metadata.jsonl
+MAX_SHARDS = 100_000                          # that one pattern names
 
 
 class SourceError(UserError):
@@ -37,16 +43,19 @@ class File(NamedTuple):
     def __str__(self):
         return self.path if self.offset is None else f"{self.path}: {self.name}"
 
-    def read(self):
-        if not os.path.isfile(self.path) and os.path.exists(self.path):
-            raise ValueError("not a regular file")            # a pipe would be waited for
+    def read(self, limit=MAX_BYTES):
+        """The bytes. Raises ValueError if they are more than `limit`, or no regular file's."""
+        if self.offset is None:
+            return read_file(self.path, limit)
+        if self.size > limit:
+            raise ValueError(f"larger than {limit / 2 ** 20:.0f} MiB")
         with open(self.path, "rb") as file:
-            file.seek(self.offset or 0)
+            file.seek(self.offset)
             return file.read(self.size)
 
-    def read_text(self):
+    def read_text(self, limit=MAX_TEXT):
         """UTF-8, or UTF-16 with a byte-order mark. Raises ValueError for anything else."""
-        raw = self.read()
+        raw = self.read(limit)
         encoding = "UTF-16" if raw.startswith(UTF16_MARKS) else "UTF-8"
         try:
             text = raw.decode(encoding).removeprefix("\ufeff")
@@ -79,10 +88,10 @@ class ImageFiles:
         self.smallest = smallest
         self.near = near
         self.entries, skipped = open_files(source)
-        self.skipped = [printable(line) for line in skipped]
+        self.skipped = [visible(line) for line in skipped]
         if not self.entries:
             why = f" ({len(skipped)} left out, the first: {skipped[0]})" if skipped else ""
-            raise SourceError(printable(f"{source}: no captioned picture in it{why}"))
+            raise SourceError(visible(f"{source}: no captioned picture in it{why}"))
 
     def __len__(self):
         return len(self.entries)
@@ -163,7 +172,7 @@ def open_files(source):
     reason = "no such file or folder"
     if path.exists():
         reason = f"not a source of pictures, such as {', '.join(SOURCES)}"
-    raise SourceError(printable(f"{source}: {reason}"))
+    raise SourceError(visible(f"{source}: {reason}"))
 
 
 def open_metadata(folder, skipped):
@@ -175,7 +184,7 @@ def open_metadata(folder, skipped):
     entries = []
     number = 0
     try:
-        for number, line in enumerate(File(path, path).read_text().split("\n"), 1):
+        for number, line in enumerate(File(path, path).read_text(MAX_METADATA).split("\n"), 1):
             if line.strip():
                 entry, reason = _metadata_entry(folder, line)
                 if reason:
@@ -184,26 +193,63 @@ def open_metadata(folder, skipped):
                     entries.append(entry)
     except (OSError, ValueError) as e:
         where = f"{path}, line {number}" if number else path  # 0: it could not be read
-        raise SourceError(printable(f"{where}: {e}")) from None
+        raise SourceError(visible(f"{where}: {e}")) from None
     return _by_name(entries)
 
 
 def open_tars(source, skipped):
-    """Uncompressed WebDataset shards: one tar, recognised by content; all *.tar of a
-    folder; all that match a pattern. Beside a picture is NAME.txt, or NAME.json with the keys of
-    metadata.jsonl, or both (then the .txt is the caption); NAME ends at the first dot."""
+    """Uncompressed WebDataset shards: one tar, recognised by content; all *.tar of a folder; all
+    that match a pattern, which may have braces (x/{000..003}.tar). Beside a picture is NAME.txt, or
+    NAME.json with the keys of metadata.jsonl, or both (then the .txt is the caption); NAME ends at
+    the first dot."""
     if source.is_dir():
         paths = glob.glob(os.path.join(glob.escape(str(source)), "*.tar"))
     elif source.exists():
         paths = [str(source)] if _is_tar(source) else []
     else:
-        paths = glob.glob(str(source), recursive=True)
+        paths = match_pattern(str(source))
     if not paths:
         return None
     entries = []
     for path in sorted(paths):
         entries += _match(_tar_members(path, skipped), str.partition, skipped)
     return entries
+
+
+def match_pattern(pattern):
+    """The files of a pattern. Each pattern that its braces stand for must match a file.
+    Raises SourceError."""
+    patterns = expand_braces(pattern)
+    paths = []
+    for one in patterns:
+        found = glob.glob(one, recursive=True)
+        if not found and one != pattern:
+            raise SourceError(visible(f"{pattern}: no file {one}"))
+        paths += found
+    return list(dict.fromkeys(paths))
+
+
+def expand_braces(pattern):
+    """x/{08..11}.tar -> [x/08.tar, x/09.tar, x/10.tar, x/11.tar]; {a,b} too, as in a shell."""
+    patterns = [""]
+    for piece in re.split(r"(\{[0-9]{1,6}\.\.[0-9]{1,6}\}|\{[^{}]*,[^{}]*\})", pattern):
+        choices = brace_choices(piece)
+        if len(patterns) * len(choices) > MAX_SHARDS:
+            raise SourceError(visible(f"{pattern}: more than {MAX_SHARDS} files"))
+        patterns = [start + choice for start in patterns for choice in choices]
+    return patterns
+
+
+def brace_choices(piece):
+    """{08..11} -> 08, 09, 10, 11; {a,b} -> a, b; other text is itself."""
+    ends = re.fullmatch(r"\{([0-9]+)\.\.([0-9]+)\}", piece)
+    if ends:
+        first, last = int(ends[1]), int(ends[2])
+        width = max(map(len, ends.groups())) if ends[1][0] == "0" else 1
+        return [f"{number:0{width}d}" for number in range(first, last + 1)]
+    if piece[:1] == "{" and piece[-1:] == "}" and "," in piece:
+        return piece[1:-1].split(",")
+    return [piece]
 
 
 def open_folder(folder, skipped):

@@ -12,12 +12,16 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError, features
 from PIL.PngImagePlugin import PngInfo
 
-from engine.checkpoint import atomic_write
+from engine.checkpoint import atomic_write, read_file
+from engine.cli import visible
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")       # recognised by content, not by name
+if features.check("avif"):                                    # a Pillow of 11.3 or more
+    FORMATS += ("AVIF",)
+MAX_BYTES = 2 ** 30                                           # of a picture file
 
 # EXIF orientation -> the operation that turns the stored picture upright
 TO_UPRIGHT = {
@@ -39,9 +43,9 @@ class PictureError(ValueError):
 
 
 def picture_error(name, error):
-    """Any exception -> a PictureError that names the file."""
+    """Any exception -> a PictureError that names the file, on one line."""
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return PictureError(printable(f"{name}: {' '.join(reason.split())}"))
+    return PictureError(visible(f"{name}: {' '.join(reason.split())}"))
 
 
 def printable(text):
@@ -58,7 +62,7 @@ def read_image(path):
     """Read one picture file -> (RGB Image, or RGBA if parts are transparent; the file's bytes).
     Raises PictureError."""
     try:
-        raw = Path(path).read_bytes()
+        raw = read_file(path, MAX_BYTES)
         return _decode_upright(raw), raw
     except Exception as e:                        # Pillow raises struct.error, KeyError and others
         raise picture_error(path, e) from None
@@ -187,11 +191,12 @@ def save_png(path, image, text):
 def read_png_text(path):
     """The text chunks of a PNG -> {key: text}. Raises PictureError."""
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        with Image.open(io.BytesIO(read_file(path, MAX_BYTES)), formats=["PNG"]) as image:
             return dict(image.text)
+    except UnidentifiedImageError:
+        raise picture_error(path, ValueError("not a PNG")) from None
     except Exception as e:                                    # Pillow raises many kinds
-        reason = getattr(e, "strerror", None) or type(e).__name__
-        raise PictureError(f"{path}: cannot be read as a PNG ({reason})") from None
+        raise picture_error(path, e) from None
 
 
 def side_by_side(images):

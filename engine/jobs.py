@@ -9,19 +9,29 @@ import argparse
 import math
 import os
 import re
+import zlib
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
 
 from engine import hub, rerank
-from engine.checkpoint import UserError
+from engine.checkpoint import UserError, read_file
+from engine.cli import say
 from engine.edit import Edit, read_edit
+from engine.image_files import SUFFIXES
 from engine.pipeline import Pipeline
-from engine.settings import SOFTWARE, check_like, settings_of
+from engine.settings import SOFTWARE, check_like, parameters_text, settings_of
 
 DEFAULT_PROMPT = "a red circle above a blue square on a white background"
+MAX_PICTURES = 100_000                    # of a run
+MAX_TOKENS_AT_ONCE = 2 ** 20              # in a batch, 256 pictures of 1024 pixels
+MAX_PROMPT_FILE = 2 ** 26                 # bytes
+MAX_DEPTH = 200                           # folders of --out
+NAME_BYTES = 255                          # of a file name, on most file systems
+ROOM = 40                                 # bytes for -film.gif, a free number, a temporary name
 
 
 class Job(NamedTuple):
@@ -88,16 +98,25 @@ class Run:
     def png_texts(self, batch):
         """{name: text} for the PNG of each picture of the batch that was just started -> list."""
         strength = self.edit.used_strength if self.edit else None
+        size = self.edit.picture.size if self.edit else self.size
         texts = []
         for place, job in enumerate(batch):
             settings = settings_of(self.parser, self.args, prompt=job.prompt, seed=job.seed,
                                    batch=len(batch), strength=strength)
-            texts.append(settings | {"place": str(place)} | self.provenance)
+            shown = parameters_text(self.args, job.prompt, job.seed, size)
+            texts.append({"parameters": shown} | settings | {"place": str(place)}
+                         | self.provenance)
         return texts
 
+    def place(self, job):
+        """The path to write the picture of a Job to. A file that --out names is replaced, no other
+        one."""
+        return job.path if job.path == self.args.out else free_path(job.path)
 
-def prepare(parser, args):
-    """Check the arguments, load the model, print what runs -> Run. Raises UserError."""
+
+def prepare(parser, args, suffix=""):
+    """Check the arguments, load the model, print what runs -> Run. Names of files in a folder end
+    with `suffix`. Raises UserError."""
     if args.seed + args.n > 2 ** 63:
         raise UserError(f"--seed {args.seed} + {args.n - 1} does not fit 64 bits")
     seeds = range(args.seed, args.seed + args.n)
@@ -109,12 +128,16 @@ def prepare(parser, args):
     check_like(args, provenance)
     prefix = "again-" if args.like else ""
     prefix += f"{args.image.stem}-" if args.image else ""
-    jobs = plan_jobs(args.out, prompts, seeds, prefix)
+    jobs = plan_jobs(args.out, prompts, seeds, prefix, suffix)
     run = Run(parser, args, pipe, edit, jobs, provenance)
+    width, height = run.size
+    tokens = width * height // pipe.f ** 2
     if args.batch is None:
-        width, height = run.size
-        tokens = width * height // pipe.f ** 2 * args.best_of
-        args.batch = min(16, max(1, rerank.MAX_TOKENS // tokens))
+        args.batch = min(16, max(1, rerank.MAX_TOKENS // (tokens * args.best_of)))
+    at_once = len(run.batches()[0])
+    if at_once * tokens > MAX_TOKENS_AT_ONCE:
+        raise UserError(f"--batch {args.batch}: {at_once} pictures of {width}x{height} pixels at a "
+                        f"time are more than {MAX_TOKENS_AT_ONCE} tokens; lower --batch or --size")
     return run
 
 
@@ -131,10 +154,10 @@ def load_pipeline(args):
         hub.check_compile(device)                             # takes seconds: after quick checks
     args.device = str(device)
     args.dtype = args.dtype or str(dtype).removeprefix("torch.")
-    print(f"model: {model.why} | device: {device} ({why_device}) | dtype: {args.dtype} "
-          f"({why_dtype}) | kernels: {hub.kernel_path(device, dtype)} | seed: {args.seed}")
+    say(f"model: {model.why} | device: {device} ({why_device}) | dtype: {args.dtype} "
+        f"({why_dtype}) | kernels: {hub.kernel_path(device, dtype)} | seed: {args.seed}")
     if model.negative or model.text_encoder_name != "own":
-        print(describe_text(args, model))
+        say(describe_text(args, model))
     if model.folder == hub.BUNDLED:
         args.model = "shapes"
     elif args.model == "auto":
@@ -198,57 +221,106 @@ def read_prompts(args):
 
 
 def read_lines(path):
-    """The lines of --prompt-file."""
+    """The lines of --prompt-file that are not blank. Only \\n and \\r\\n end a line."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        reason = getattr(e, "strerror", None) or "not UTF-8"
+        text = read_file(path, MAX_PROMPT_FILE).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"--prompt-file {path}: cannot be read (not UTF-8)") from None
+    except (OSError, ValueError) as e:
+        reason = getattr(e, "strerror", None) or e
         raise UserError(f"--prompt-file {path}: cannot be read ({reason})") from None
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    lines = [line for line in lines if line.strip()]
     if not lines:
         raise UserError(f"--prompt-file {path}: no prompts in it")
     return lines
 
 
-def plan_jobs(out, prompts, seeds, prefix=""):
-    """--out -> a Job for each prompt and seed, no two of them with one path; file names begin with
-    `prefix`. Raises UserError if a path cannot be written. Leaves no file or folder behind."""
-    pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
+def plan_jobs(out, prompts, seeds, prefix="", suffix=""):
+    """--out -> a Job for each prompt and seed, no two of them with one path; see file_stem for the
+    names. Raises UserError if a path cannot be written. Leaves no file or folder behind."""
+    number = len(prompts) * len(seeds)
     one_file = out.suffix.lower() == ".png"
-    if one_file and len(pairs) > 1:
-        raise UserError(f"--out {out} is one file, but {len(pairs)} pictures were asked for; "
+    if one_file and number > 1:
+        raise UserError(f"--out {out} is one file, but {number} pictures were asked for; "
                         "name a folder")
-    if out.suffix and not one_file and not out.is_dir():
+    if number > MAX_PICTURES:
+        raise UserError(f"--n: {number} pictures are more than {MAX_PICTURES}")
+    if out.suffix.lower() in SUFFIXES and not one_file and not out.is_dir():
         raise UserError(f"--out {out}: pictures are written as .png")
-    check_writable(out, out.parent if one_file else out)
+    pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
+    if one_file:
+        jobs = [Job(prompt, seed, out) for prompt, seed in pairs]
+    else:
+        jobs = jobs_in_folder(out, pairs, prefix, suffix)
+    check_writable(out, jobs)
     if one_file and out.is_dir():
         raise UserError(f"--out {out}: is a folder")
-    if one_file:
-        return [Job(prompt, seed, out) for prompt, seed in pairs]
-    names = set()
-    jobs = []
-    for i, (prompt, seed) in enumerate(pairs):
-        name = f"{prefix}{slug(prompt)}-{seed}"
-        while name in names:                                  # two prompts may have one slug
-            name = f"{name}-{i}"
-        names.add(name)
-        jobs.append(Job(prompt, seed, out / f"{name}.png"))
     return jobs
 
 
+def jobs_in_folder(folder, pairs, prefix, suffix):
+    """[(prompt, seed)] -> a Job for each, no two of them with one path."""
+    names = set()
+    jobs = []
+    for i, (prompt, seed) in enumerate(pairs):
+        name = file_stem(prompt, seed, prefix, suffix)
+        while name in names:                                  # two prompts may have one slug
+            name = f"{name}-{i}"
+        names.add(name)
+        jobs.append(Job(prompt, seed, folder / f"{name}.png"))
+    return jobs
+
+
+# Names of files
+
+
+def file_stem(prompt, seed, prefix="", suffix=""):
+    """The name of a picture, without .png, such as a-star-0. It is cut where it is too long for a
+    file system, with ROOM for what is appended."""
+    tail = f"-{seed}{suffix}"
+    head = cut(prefix, 60) + slug(prompt)
+    return cut(head, NAME_BYTES - ROOM - len(tail)) + tail
+
+
 def slug(prompt):
-    """A prompt as a file name: its letters and digits, at most 60."""
-    return re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")[:60] or "empty"
+    """A prompt as a file name: its letters and digits, at most 60. Without any, a checksum tells
+    prompts apart."""
+    letters = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")[:60]
+    if letters or not prompt:
+        return letters or "empty"
+    return f"prompt-{zlib.crc32(prompt.encode(errors='replace')):08x}"
 
 
-def check_writable(out, folder):
-    """Raises UserError if no file can be written to the folder, which need not exist yet."""
+def cut(text, size):
+    """The beginning of a text, of at most `size` bytes."""
+    return text.encode(errors="ignore")[:size].decode(errors="ignore")
+
+
+def free_path(path):
+    """The path of a picture, with a number appended if it, or a film of it, exists already."""
+    for number in count():
+        stem = f"{path.stem}-{number}" if number else path.stem
+        names = (f"{stem}.png", f"{stem}-film.png", f"{stem}-film.gif")
+        if not any(os.path.lexists(path.with_name(name)) for name in names):
+            return path.with_name(names[0])
+
+
+def check_writable(out, jobs):
+    """Raises UserError if the longest name of the Jobs, with ROOM for what is appended, cannot be
+    written in their folder, which need not exist yet."""
+    folder = jobs[0].path.parent
+    if len(folder.parts) > MAX_DEPTH:
+        raise UserError(f"--out: more than {MAX_DEPTH} folders in each other, the name is too long")
+    longest = max(len(os.fsencode(job.path.name)) for job in jobs)
     try:
         missing = [p for p in (folder, *folder.parents) if not p.exists()]
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".sample-{os.getpid()}"
+        probe = folder / f".sample-{os.getpid()}-".ljust(longest + ROOM - len(".png"), "x")
         probe.touch()
         probe.unlink()
         for made in missing:
-            made.rmdir()
+            if made.name != "..":
+                made.rmdir()
     except OSError as e:
         raise UserError(f"--out {out}: cannot be written ({e.strerror})") from None

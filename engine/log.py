@@ -7,6 +7,7 @@
 log.jsonl has a line for every LINE_EVERY steps, with means, and one for each event. The values of a
 step stay on the device until `read`: on a GPU the host does not wait for each step.
 """
+import contextlib
 import json
 import math
 import sys
@@ -16,7 +17,8 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from engine.checkpoint import atomic_write
+from engine.checkpoint import UserError, atomic_write
+from engine.cli import say
 
 LINE_EVERY = 50                                   # steps between lines of log.jsonl
 READ_EVERY = 10                                   # steps between readings of the device; CPU: 1
@@ -72,7 +74,8 @@ class Log:
         if step % LINE_EVERY == 0:
             means = {name: round(total / self.count, 5) for name, total in self.sums.items()}
             seconds = time.perf_counter() - self.start
-            means["samples_per_second"] = round(self.batch * (step - self.first) / seconds, 1)
+            if seconds > 0:                       # a clock may stand still
+                means["samples_per_second"] = round(self.batch * (step - self.first) / seconds, 1)
             self.bar.set_postfix(means)
             self.write(step, **means)
             self.sums = {}
@@ -87,11 +90,21 @@ class Log:
 
     def write(self, step, **values):
         if self.run.is_main:
-            append(self.run.out, stage=self.stage, step=step, **values)
-            draw_losses(self.run.out)
+            with noted("log.jsonl or loss.png"):
+                append(self.run.out, stage=self.stage, step=step, **values)
+                draw_losses(self.run.out)
 
     def close(self):
         self.bar.close()
+
+
+@contextlib.contextmanager
+def noted(what):
+    """Around what only tells the user: if it fails, a note says so and training goes on."""
+    try:
+        yield
+    except (OSError, UserError, MemoryError, torch.OutOfMemoryError) as e:
+        tqdm.write(f"note: {what} could not be written ({e})", file=sys.stderr)
 
 
 def to_host(pending):
@@ -120,14 +133,32 @@ def append(out, **entry):
 
 
 def read_log(out):
-    """The entries of the log of a run's folder. Lines that a full disk cut off are left out."""
+    """The entries of the log of a run's folder. Lines that a full disk cut off, or that something
+    else wrote, are left out."""
     entries = []
-    for line in (out / "log.jsonl").read_text().splitlines():
-        try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
-            pass
+    for line in (out / "log.jsonl").read_bytes().split(b"\n"):
+        with contextlib.suppress(ValueError, RecursionError):
+            entry = json.loads(line)
+            if is_entry(entry):
+                entries.append(entry)
     return entries
+
+
+def is_entry(entry):
+    """Whether it is what `append` writes: it has a stage, a step and, unless it is an event, a
+    loss."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("stage"), str):
+        return False
+    step = entry.get("step")
+    if not isinstance(step, int) or not is_number(step) or step < 0:
+        return False
+    return "event" in entry or is_number(entry.get("loss"))
+
+
+def is_number(value):
+    """Whether it is a finite number, and not a bool."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and -1e300 < value < 1e300
 
 
 def print_summary(out):
@@ -138,16 +169,16 @@ def print_summary(out):
             tasks += [name for name in entry if name not in ("stage", "step", "event", *tasks)]
         if entry.get("event") in (None, "scores"):
             stages.setdefault(entry["stage"], {}).update(entry)
-    print("stage     steps      loss  samples/s " + "".join(f" {task:>11}" for task in tasks))
+    say("stage     steps      loss  samples/s " + "".join(f" {task:>11}" for task in tasks))
     for stage, last in stages.items():
         columns = [cell(last, "step", "d", 9), cell(last, "loss", ".4f", 9),
                    cell(last, "samples_per_second", ".1f", 9)]
-        print(f"{stage:5} " + " ".join(columns + [cell(last, task, ".2f", 11) for task in tasks]))
+        say(f"{stage:5} " + " ".join(columns + [cell(last, task, ".2f", 11) for task in tasks]))
 
 
 def cell(values, name, form, width):
     """One formatted value, "-" if it is missing."""
-    text = format(values[name], form) if name in values else "-"
+    text = format(values[name], form) if is_number(values.get(name)) else "-"
     return f"{text:>{width}}"
 
 
@@ -183,7 +214,7 @@ def draw_row(pen, curves, box):
     values = [value for points in curves.values() for value in points.values()]
     low = min(values)
     high = max(max(values), low + 1e-3)
-    pixels_per_step = (right - left) / sum(max(points) for points in curves.values())
+    pixels_per_step = (right - left) / max(1, sum(max(points) for points in curves.values()))
 
     def y_of(value):
         return top + (bottom - top) * (high - value) / (high - low)

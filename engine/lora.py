@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +22,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from engine.checkpoint import CheckpointError, UserError, read_json, write_tensors
+from engine.cli import note
 
 PREFIX = "transformer."                          # of the names that save_lora writes
 
@@ -151,8 +151,7 @@ def read_lora(model, path, scale=1.0):
                 raise CheckpointError(f"{path}: {module}: its numbers are not finite or too large")
             terms.append(Term(name, rows, a, b, factor))
     if left_out:
-        print(f"note: {path}: {left_out} tensors for the text encoder are left out",
-              file=sys.stderr)
+        note(f"note: {path}: {left_out} tensors for the text encoder are left out")
     return terms
 
 
@@ -262,8 +261,8 @@ def read_config(path, file):
     if (peft or path.name == "adapter_model.safetensors") and beside.is_file():
         return read_json(beside)
     if peft:
-        print(f"note: {path}: no {PEFT_CONFIG} beside it, which has PEFT's alpha; the scale is 1, "
-              "FILE:SCALE is another", file=sys.stderr)
+        note(f"note: {path}: no {PEFT_CONFIG} beside it, which has PEFT's alpha; the scale is 1, "
+             "FILE:SCALE is another")
     return {}
 
 

@@ -8,13 +8,14 @@ Parts: tokenizer, vqvae, text_encoder, transformer, scheduler.
 """
 import filecmp
 import shutil
-import sys
+from functools import partial
 
 import clip
 import meissonic
 import vq
 from engine import resume
-from engine.checkpoint import UserError, read_json, remove_prefix, write_json
+from engine.checkpoint import UserError, remove_prefix, write_folder, write_json
+from engine.cli import note
 from engine.data import DEFAULT_SCORE
 from engine.lora import save_lora
 from engine.pipeline import check_parts
@@ -22,6 +23,8 @@ from engine.task import save_half
 
 PARTS = ("tokenizer", "vqvae", "text_encoder", "transformer", "scheduler")
 MADE_BY = {"tokenizer": "tokenizer", "text": "text_encoder", "vq": "vqvae"}   # stage -> its part
+MODELS = {"vqvae": vq.VQModel, "text_encoder": clip.TextEncoder,
+          "transformer": meissonic.Transformer}
 PER_RUN = {"downsample", "upsample", "vocab_size", "eos_token_id"}            # not of a preset
 
 
@@ -44,10 +47,26 @@ def copy_init(run, wanted=PARTS):
                                 "another folder is for another model")
         for part in parts:
             if part not in there:
-                temporary = run.out / f".{part}"
-                shutil.rmtree(temporary, ignore_errors=True)                  # an interrupted copy
-                shutil.copytree(init_folder(run, part), temporary).rename(run.out / part)
+                check_part(init_folder(run, part), part)
+                write_folder(run.out / part, partial(copy_files, init_folder(run, part)), ["*"])
     run.barrier()
+
+
+def check_part(folder, part):
+    """Raises CheckpointError, which names what is missing or wrong, before anything is copied."""
+    if part == "tokenizer":
+        clip.Tokenizer.from_pretrained(folder)
+    elif part == "scheduler":
+        meissonic.Schedule.from_pretrained(folder)
+    else:
+        MODELS[part].from_pretrained(folder, device="meta")
+
+
+def copy_files(source, folder):
+    """Copy the files of a part, not their modes: network shares may refuse them."""
+    for path in source.iterdir():
+        if path.is_file():
+            shutil.copyfile(path, folder / path.name)
 
 
 def init_folder(run, part):
@@ -77,8 +96,8 @@ def report_sizes(run, configs):
             sizes = [f"{key} {found[key]}, not {wanted[key]}" for key in wanted
                      if key not in PER_RUN and found[key] != wanted[key]]
             if sizes:
-                print(f"note: the {part} in {run.out} keeps its sizes, not those of preset "
-                      f"{run.preset}: {'; '.join(sizes)}", file=sys.stderr)
+                note(f"note: the {part} in {run.out} keeps its sizes, not those of preset "
+                     f"{run.preset}: {'; '.join(sizes)}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -108,7 +127,7 @@ def is_finished(run, stage, encode_only):
     part = MADE_BY.get(stage)
     if part and run.init and init_folder(run, part).is_dir():
         if stage in run.stages and run.is_main:
-            print(f"note: stage {stage} is left out, as --init has a {part}", file=sys.stderr)
+            note(f"note: stage {stage} is left out, as --init has a {part}")
         return True
     made = part and (run.out / part).is_dir()
     trained = resume.checkpoints(run.out, stage)  # none: a tokenizer, or what --init brought
@@ -123,7 +142,7 @@ def is_finished(run, stage, encode_only):
 
 def load_part(folder, kind):
     """A Pretrained to be trained, or None if the folder holds none."""
-    if not (folder / "config.json").is_file():
+    if not folder.is_dir():
         return None
     return kind.from_pretrained(folder).train().requires_grad_(True)
 
@@ -135,13 +154,13 @@ def check_fit(run, model):
     check_parts(run.out, tokenizer, model.text_encoder.config, model.transformer.config, pixels)
 
 
-def timestep_convention(folder):
-    """How the model in a folder is told the masking rate in training, see meissonic.TIMESTEPS. The
+def rate_condition_of(folder):
+    """How training tells the model in a folder the masking rate, see meissonic.RATE_CONDITIONS. The
     public weights are sampled with the step, and were trained with 1000 times the rate."""
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
         return "rate"
-    convention = read_json(path).get("rate_condition", "step")
+    convention = meissonic.Schedule.from_pretrained(path.parent).rate_condition
     return "rate1000" if convention == "step" else convention
 
 
@@ -164,7 +183,7 @@ def save_model(run, recipe, model, state, sampling):
     scheduler = {"_class_name": "Scheduler", "_diffusers_version": "0.30.2",
                  "masking_schedule": "cosine",
                  "mask_token_id": model.transformer.config.mask_token,
-                 "rate_condition": timestep_convention(run.out),
+                 "rate_condition": rate_condition_of(run.out),
                  "defaults": {"score_condition": DEFAULT_SCORE, **sampling}}
     (run.out / "scheduler").mkdir(exist_ok=True)
     write_json(run.out / "model_index.json", MODEL_INDEX)

@@ -3,14 +3,13 @@
     args = parse_arguments(PRESETS, STAGES, description, ["--preset", "cpu", "--out", "runs/cpu"])
     run = open_run(args, PRESETS)
 """
-import sys
 from pathlib import Path
 
 import torch
 
 from engine import hub
 from engine.checkpoint import UserError
-from engine.cli import Parser, finite, natural, positive
+from engine.cli import Parser, finite, home, natural, note, path, positive, say
 from engine.data import ImageFiles
 from engine.distributed import Run, own_device
 
@@ -20,22 +19,23 @@ TEXT_LR = 0.3                                     # see chosen_stages
 def parse_arguments(presets, stages, description, argv=None, name="train.py"):
     """Read the flags. Errors end the program with one line."""
     p = Parser(prog=name, description=description)
-    p.add_argument("--out", type=Path, default=Path("runs/shapes"), metavar="FOLDER",
+    p.add_argument("--out", type=path, default=Path("runs/shapes"), metavar="FOLDER",
                    help="folder of the run (default: %(default)s)")
     p.add_argument("--preset", choices=presets, default="shapes",
                    help="set of stages and sizes (default: %(default)s)")
     p.add_argument("--stage", choices=stages, help="one stage (default: all, in turn)")
     p.add_argument("--resume", action="store_true",
                    help="go on from the run's checkpoints; finished stages are kept")
-    p.add_argument("--init", metavar="MODEL",
+    p.add_argument("--init", type=home, metavar="MODEL",
                    help="start from the parts that this model has: a folder, meissonic, monetico "
                         "or a hub id; its tokenizer and VQ model are kept")
-    p.add_argument("--text-encoder", metavar="NAME",
+    p.add_argument("--text-encoder", type=home, metavar="NAME",
                    help="in place of that of --init: own, laion, a folder or a hub id (default: as "
                         "in sample.py)")
-    p.add_argument("--data", default="shapes", metavar="SOURCE",
+    p.add_argument("--data", type=home, default="shapes", metavar="SOURCE",
                    help="shapes; a folder of pictures with NAME.txt or metadata.jsonl; a .tar, a "
-                        "folder or a pattern of WebDataset shards (default: %(default)s)")
+                        "folder or a pattern of WebDataset shards, such as 'x/{000..003}.tar' "
+                        "(default: %(default)s)")
     p.add_argument("--encode", action="store_true",
                    help="encode the pictures and stop (training does it if need be)")
     p.add_argument("--seed", type=natural, default=0,
@@ -119,12 +119,11 @@ def open_run(args, presets):
               args.resume, init, args.save_every, args.eval_every, args.accumulate, args.shard,
               args.checkpointing, args.compile, args.lora, text_encoder)
     if run.is_main:
-        print(f"run: {run.out} | preset: {run.preset} | device: {run.device} ({why}) | "
-              f"processes: {run.world_size} | products: {str(run.dtype)[6:]} | "
-              f"kernels: {hub.kernel_path(run.device, run.dtype)} | seed: {run.seed}")
+        say(f"run: {run.out} | preset: {run.preset} | device: {run.device} ({why}) | "
+            f"processes: {run.world_size} | products: {str(run.dtype)[6:]} | "
+            f"kernels: {hub.kernel_path(run.device, run.dtype)} | seed: {run.seed}")
         if run.device.type == "cpu" and run.preset == "shapes" and not args.stage:
-            print("note: this preset is for a GPU; --preset cpu is made for two CPU cores",
-                  file=sys.stderr)
+            note("note: this preset is for a GPU; --preset cpu is made for two CPU cores")
         new = not (args.stage or run.resume or args.encode)
         own = init is not None and init.samefile(run.out)
         if new and not own and (run.out / "tokenizer").is_dir():

@@ -7,6 +7,7 @@ Text -> CLIP text tower -> transformer that fills in masked ids -> VQ decoder ->
 Letters: B pictures, H W pixels, h w tokens.
 """
 import gc
+import reprlib
 from functools import cached_property
 from pathlib import Path
 
@@ -18,12 +19,17 @@ import clip
 import meissonic
 import vq
 from engine import fast, rerank
-from engine.checkpoint import CheckpointError, UserError, read_json
+from engine.checkpoint import CheckpointError, UserError, check_value, read_json
 from engine.lora import add_terms, parse_lora, read_lora
 from engine.quantize import quantize
 
 MAX_TOKENS = rerank.MAX_TOKENS                # of a batch, and of an edit unless told otherwise
 NORMS_ON_GPU = 12e9                           # bytes of GPU memory from which adaptive norms fit
+
+
+# Defaults of scheduler_config.json that are not the schedule's: type, lowest, highest
+DEFAULTS = {"size": (int, 1, 2 ** 16), "score_condition": (float, -1e6, 1e6),
+            "remask": (int, 0, 1000), "best_of": (int, 1, 1000)}
 
 
 class Pipeline:
@@ -71,16 +77,22 @@ class Pipeline:
     def set_defaults(self, path, size):
         raw = read_json(path)
         if raw.get("mask_token_id", self.mask_token) != self.mask_token:
-            raise CheckpointError(f"{path}: mask_token_id {raw['mask_token_id']} is not the "
-                                  "transformer's last token")
-        defaults = dict(raw.get("defaults", {}))
-        for key in ("steps", "cfg", "temperature"):                            # the schedule's
-            defaults.pop(key, None)
-        side = defaults.pop("size", size)
-        self.size, self.score = (side, side), defaults.pop("score_condition", 6.0)
-        self.remask, self.best_of = defaults.pop("remask", 0), defaults.pop("best_of", 1)
-        if defaults:
-            raise CheckpointError(f"{path}: defaults: unknown key {min(defaults)!r}")
+            raise CheckpointError(f"{path}: mask_token_id {reprlib.repr(raw['mask_token_id'])} is "
+                                  "not the transformer's last token")
+        published = {"size": size, "score_condition": 6.0, "remask": 0, "best_of": 1}
+        defaults = published | raw.get("defaults", {})
+        unknown = defaults.keys() - {*DEFAULTS, "steps", "cfg", "temperature"}  # the schedule's
+        if unknown:
+            raise CheckpointError(f"{path}: defaults: unknown key {reprlib.repr(min(unknown))}")
+        for key, bounds in DEFAULTS.items():
+            try:
+                check_value(key, defaults[key], *bounds)
+            except CheckpointError as e:
+                raise CheckpointError(f"{path}: defaults: {e}") from None
+        self.size = defaults["size"], defaults["size"]
+        self.score = defaults["score_condition"]
+        self.remask = defaults["remask"]
+        self.best_of = defaults["best_of"]
 
     @cached_property
     def text_encoder(self):
@@ -147,13 +159,14 @@ class Pipeline:
     # The four steps: encode, all_masked (or engine/edit.py), fill_in, decode
 
     @torch.no_grad()
-    def encode(self, prompts, size, score):
+    def encode(self, prompts, size, score, warn=True):
         """list of str, (width, height), score -> Conditioning of len(prompts) rows. Prompts are
-        encoded one by one: batching changes rounding."""
+        encoded one by one: batching changes rounding. warn: say which prompts are cut."""
         cache = self.prompt_cache if self.one_at_a_time else {}
         for prompt in prompts:
             if prompt not in cache:
-                cache[prompt] = self.text_encoder(self.tokenizer([prompt]).to(self.device))
+                cache[prompt] = self.text_encoder(
+                    self.tokenizer([prompt], warn).to(self.device))
         hidden = torch.cat([cache[prompt][0] for prompt in prompts])                # (B, L, D)
         pooled = torch.cat([cache[prompt][1] for prompt in prompts])                   # (B, C)
         micro = torch.tensor([[*size, 0, 0, score]], device=self.device, dtype=torch.float32)
@@ -161,7 +174,8 @@ class Pipeline:
 
     def encode_ablated(self, prompts, size, score):
         """The prompts without one part each, for best_of -> list of Conditionings."""
-        return [self.encode(texts, size, score) for texts in rerank.ablated_prompts(prompts)]
+        return [self.encode(texts, size, score, warn=False)
+                for texts in rerank.ablated_prompts(prompts)]
 
     def all_masked(self, batch, size):
         """-> ids (B, h, w) of a picture of which nothing is known."""
@@ -195,7 +209,7 @@ class Pipeline:
         if best_of == 1:
             return fill(ids, cond, uncond, seeds)
         return rerank.best_of(best_of, fill, self.transformer, ids, cond, uncond, seeds, ablated,
-                              schedule.timesteps)
+                              schedule.rate_condition)
 
     def check_finite(self, sums):
         """Raises UserError if one of a list of scalars on the device is not finite."""
@@ -250,7 +264,7 @@ def check_parts(folder, tokenizer, text, transformer, pixels):
     if text.hidden_size != transformer.joint_attention_dim \
             or text.projection_dim != transformer.pooled_projection_dim:
         raise CheckpointError(f"{folder}: text encoder and transformer do not fit each other")
-    if tokenizer.bpe.get_vocab_size() > text.vocab_size \
+    if max(tokenizer.bpe.get_vocab().values()) >= text.vocab_size \
             or tokenizer.length > text.max_position_embeddings:
         raise CheckpointError(f"{folder}: the tokenizer has more words or positions than the text "
                               "encoder")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import kernels
-from engine.fast import adaptive_norms
+from engine.fast import modulation_layers
 
 
 class QuantizedLinear(nn.Module):
@@ -27,7 +27,7 @@ def quantize(model, dtype, device, host_norms=True):
     """Replace the blocks' linear layers, in place, by QuantizedLinear of `dtype` (torch.int8 or
     torch.float8_e4m3fn) on `device`, layer by layer: the full weights are never all there. With
     `host_norms` the adaptive norms stay where they are. -> model"""
-    kept = {norm.linear for norm in adaptive_norms(model)}
+    kept = {norm.linear for norm in modulation_layers(model)}
     for parent in [m for block in model.blocks for m in block.modules()]:
         for name, child in parent.named_children():
             if isinstance(child, nn.Linear) and child not in kept:

@@ -88,6 +88,7 @@ def encode_stage(run, recipe, stage):
     encode_images(source, token_folder(run, stage), vq_model, tokenizer, about, run)
 
 
+@log.noted("sheet.png")
 def evaluate(run, recipe, stage, step, columns=5, rows=4):
     """Draw sheet.png with the model as saved so far, and log the scores of the recipe. Training
     waits for it, so each picture is drawn once: no best of several."""

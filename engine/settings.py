@@ -5,9 +5,13 @@
 
 All flags of a parser but NOT_SETTINGS are settings, so a new flag is stored and read without an
 entry here. A PNG stores the values that differ from the flags' defaults; a missing key means the
-default. Beside the settings it stores PROVENANCE.
+default. Beside the settings it stores PROVENANCE, and `parameters` for the viewers of pictures.
 """
+import argparse
+import re
+import secrets
 import sys
+from pathlib import Path
 
 import numpy as np
 import PIL
@@ -18,7 +22,8 @@ from engine.checkpoint import UserError
 from engine.images import PictureError, read_png_text
 
 NOT_SETTINGS = ("help", "like", "out", "n", "prompt-file")    # a PNG stores its own prompt and seed
-PROVENANCE = ("software", "weights", "image-crc", "mask-crc", "place")        # place in its batch
+PROVENANCE = ("software", "weights", "image-crc", "mask-crc", "place",        # place in its batch
+              "parameters")
 SOFTWARE = f"torch {torch.__version__}, numpy {np.__version__}, pillow {PIL.__version__}"
 SEPARATORS = {cli.size: "x", cli.margins: ","}
 
@@ -46,35 +51,56 @@ def to_text(action, value):
     return str(value)
 
 
-def to_arguments(action, text):
-    """The text of a setting -> command line arguments."""
-    flag = action.option_strings[-1]
+def from_text(action, text):
+    """The text of a setting -> the flag's value, by the flag's own type: a picture cannot name
+    other flags or numbers than the command line takes. Raises argparse.ArgumentTypeError."""
     if action.nargs == 0:                                     # a switch, stored only if it is on
-        return [flag]
+        if text != "True":
+            raise argparse.ArgumentTypeError(f"{cli.quoted(text)} is not True")
+        return True
     if isinstance(action.nargs, int):
-        return [flag, *text.split()]
-    return [f"{flag}={text}"]
+        words = text.split()
+        if len(words) != action.nargs:
+            raise argparse.ArgumentTypeError(f"{cli.quoted(text)} is not {action.nargs} values")
+        return [convert(action, word) for word in words]
+    value = convert(action, text)
+    return [value] if action.nargs == "+" else value
+
+
+def convert(action, text):
+    """One text -> a value of the flag's type and choices. Raises argparse.ArgumentTypeError."""
+    value = action.type(text) if action.type else text
+    if action.choices and value not in action.choices:
+        raise argparse.ArgumentTypeError(f"{cli.quoted(text)} is none of its choices")
+    return value
 
 
 def parse_like(parser, argv=None):
-    """Parse a command line. With --like FILE.png the settings of that PNG come before the other
-    arguments, which therefore win. args.made is all text of the PNG, {} without --like.
-    Raises UserError if the file has no settings."""
+    """Parse a command line. With --like FILE.png the settings of that PNG take the place of the
+    flags' defaults. args.made is all text of the PNG, {} without --like. A typed --seed -1 becomes
+    a seed that is drawn. Raises UserError if the file has no settings, or settings that its flags
+    do not take."""
     argv = sys.argv[1:] if argv is None else argv
-    args = parser.parse_args(argv)
-    made = read_settings(args.like) if args.like else {}
+    typed = parser.parse_args(argv)
+    made = read_settings(typed.like) if typed.like else {}
     flags = setting_flags(parser)
-    stored = []
+    stored = argparse.Namespace()
+    unknown = []
     for name, text in made.items():
-        if name == "prompt" and args.prompt_file:
-            continue
-        if name in flags:
-            stored += to_arguments(flags[name], text)
-        elif name not in PROVENANCE:
-            print(f"note: {args.like} has a setting {name}, which is no flag of {parser.prog}",
-                  file=sys.stderr)
-    args = parser.parse_args(stored + argv)
+        if name in flags and not (name == "prompt" and typed.prompt_file):
+            try:
+                setattr(stored, flags[name].dest, from_text(flags[name], text))
+            except (argparse.ArgumentTypeError, ValueError) as e:
+                raise UserError(f"--like {typed.like}: {name}: {e}") from None
+        elif name not in flags and name not in PROVENANCE:
+            unknown.append(name)
+    if unknown:
+        cli.note(f"note: {typed.like} has settings that are no flags of {parser.prog}: "
+                 f"{', '.join(unknown):.200}")
+    args = parser.parse_args(argv, stored)
     args.made = made
+    if typed.seed == -1:
+        args.seed = secrets.randbelow(2 ** 32)                # as other programs understand -1
     return args
 
 
@@ -84,9 +110,20 @@ def read_settings(path):
         made = read_png_text(path)
     except PictureError as e:
         raise UserError(f"--like {e}") from None
-    if "software" not in made or not made.get("place", "0").isdigit():
+    if "software" not in made or not re.fullmatch("[0-9]{1,9}", made.get("place", "0")):
         raise UserError(f"--like {path}: carries no settings of this program")
     return made
+
+
+def parameters_text(args, prompt, seed, size):
+    """The settings of a picture in the form that picture viewers show, and other programs write."""
+    lines = [prompt]
+    if args.negative:
+        lines.append(f"Negative prompt: {args.negative}")
+    model = re.sub(r"[,:\s]+", " ", Path(args.model).name).strip()
+    lines.append(f"Steps: {args.steps}, CFG scale: {args.cfg:g}, Seed: {seed}, "
+                 f"Size: {size[0]}x{size[1]}, Model: {model}")
+    return "\n".join(lines)
 
 
 def check_like(args, provenance):
@@ -101,5 +138,5 @@ def check_like(args, provenance):
     for name in ("software", "weights"):
         before = args.made.get(name)
         if before != provenance[name]:
-            print(f"note: {args.like} was made with {name} {before}, this is {provenance[name]}",
-                  file=sys.stderr)
+            cli.note(f"note: {args.like} was made with {name} {before!s:.200}, this is "
+                     f"{provenance[name]}")

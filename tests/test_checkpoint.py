@@ -3,6 +3,7 @@
 All tests with the fixture `folder` run for the transformer, the VQ model and the text encoder.
 """
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -12,14 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import GOLDEN, KINDS, ROOT, edit_json, tree
+from common import GOLDEN, KINDS, ROOT, edit_json, tiny_vq, tree
 from safetensors.torch import load_file, save_file
 
 import clip
 import meissonic
 import vq
 from engine.checkpoint import (CheckpointError, JsonConfig, UserError, atomic_write, read_json,
-                               remove_prefix, weight_files)
+                               remove_prefix, weight_files, write_json, write_tensors)
+from engine.resume import clean
 
 LAYOUT = json.loads((ROOT / "tests" / "public_layout.json").read_text())
 MODELS = {"transformer": meissonic.Transformer, "vqvae": vq.VQModel,
@@ -425,6 +427,171 @@ def test_config_values_of_which_no_model_can_be_built(folder, key, value):
     assert key in message or folder.name in message
 
 
+@pytest.mark.parametrize("part, key, value", [
+    ("transformer", "num_layers", 10 ** 9), ("transformer", "num_layers", True),
+    ("transformer", "axes_dims_rope", [[4], 6, 6]), ("transformer", "downsample", 1),
+    ("transformer", "vocab_size", float("nan")), ("vqvae", "norm_num_groups", -1),
+    ("vqvae", "block_out_channels", []), ("vqvae", "block_out_channels", {"a": 1}),
+    ("vqvae", "vq_embed_dim", 8.0), ("text_encoder", "layer_norm_eps", []),
+    ("text_encoder", "layer_norm_eps", float("inf")), ("text_encoder", "eos_token_id", None),
+    ("text_encoder", "eos_token_id", 2 ** 63), ("text_encoder", "hidden_size", 10 ** 400),
+    ("text_encoder", "hidden_act", "x" * 10 ** 6)])
+def test_config_values_of_wrong_type_or_range(folder, key, value):
+    """Refused at once, and in a short message with file and key. A bool is not a number."""
+    edit_json(folder / "config.json", **{key: value})
+    message = error_of(folder)
+    assert "config.json" in message and key in message and len(message) < 400
+
+
+@pytest.mark.parametrize("text, words", [
+    ("[" * 100_000, "not a JSON file"), ('{"a": ' * 100_000, "not a JSON file"),
+    ('{"num_layers": ' + "9" * 10_000 + "}", "not a JSON file"),
+    ("version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS"),
+    (b"\xff\xfe{\x00}\x00", "not a JSON file")], ids=range(5))
+def test_hostile_json(folder, text, words):
+    (folder / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert "config.json" in error_of(folder) and words in error_of(folder)
+
+
+def test_a_byte_order_mark_is_read_over(folder):
+    model = load(folder)
+    path = folder / "config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert is_same(load(folder), model)
+
+
+# -------------------------------------------------------------------------------------------------
+# Tensors that are no weights
+
+
+@pytest.mark.parametrize("value", (float("nan"), float("inf"), float("-inf")))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))
+def test_weights_that_are_not_finite_are_named(folder, dtype, value):
+    """Any tensor, also a part of a fused one; float32 weights may be too large for float16."""
+    tensors = load_file(weights(folder))
+    for name in (min(tensors), max(tensors)):
+        bad = tensors[name].clone()
+        bad.view(-1)[-1] = value
+        add_tensors(folder, {name: bad})
+        with pytest.raises(CheckpointError, match=f"{name} holds NaN or infinity"):
+            load(folder, dtype=dtype)
+        add_tensors(folder, {name: tensors[name]})
+    add_tensors(folder, {name: torch.full_like(tensors[name], 1e38, dtype=torch.float32)})
+    assert load(folder).state_dict()
+    with pytest.raises(CheckpointError, match="float16"):
+        load(folder, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("dtype", (torch.int64, torch.bool, torch.complex64, torch.uint8))
+def test_tensors_that_are_not_floating_point_are_named(folder, dtype):
+    tensors = load_file(weights(folder))
+    name = min(tensors)
+    add_tensors(folder, {name: tensors[name].to(dtype)})
+    assert name in error_of(folder) and "floating" in error_of(folder)
+
+
+def test_a_git_lfs_pointer_is_called_so(folder):
+    weights(folder).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    assert "Git LFS" in error_of(folder) and weights(folder).name in error_of(folder)
+
+
+def test_weights_that_are_not_finite_are_not_written(folder):
+    """What was there stays, also if they are only too large for float16."""
+    for value, dtype in ((float("nan"), None), (1e38, torch.float16)):
+        model, before = load(folder), load(folder)
+        next(model.parameters()).data.view(-1)[0] = value
+        with pytest.raises(UserError, match="NaN or infinity"):
+            model.save_pretrained(folder, dtype)
+        assert is_same(load(folder), before) and len(tree(folder)) == 2
+        assert tree(folder.parent) == [folder.name, *(f"{folder.name}/{x}" for x in tree(folder))]
+
+
+# -------------------------------------------------------------------------------------------------
+# The writer
+
+
+def test_files_follow_the_umask(tmp_path):
+    before = os.umask(0o077)
+    try:
+        for umask in (0o077, 0o022, 0o002):
+            os.umask(umask)
+            write_tensors(tmp_path / "a.safetensors", {"a": torch.ones(1)})
+            assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
+    finally:
+        os.umask(before)
+
+
+def test_a_file_system_that_refuses_modes(folder, monkeypatch):
+    def refuse(*arguments, **options):
+        raise PermissionError(1, "Operation not permitted")
+    model = load(folder)
+    monkeypatch.setattr(os, "chmod", refuse)
+    monkeypatch.setattr(Path, "chmod", refuse)
+    model.save_pretrained(folder.parent / "new")
+    assert is_same(MODELS[folder.name].from_pretrained(folder.parent / "new"), model)
+
+
+def test_a_symbolic_link_is_written_through(tmp_path):
+    """To a file, to one that is not there yet, and to a folder."""
+    (tmp_path / "real").mkdir()
+    for name in ("there", "new"):
+        (tmp_path / name).symlink_to(tmp_path / "real" / name)
+    (tmp_path / "real/there").write_text("old")
+    for name in ("there", "new"):
+        write_json(tmp_path / name, {"a": 1})
+        assert (tmp_path / name).is_symlink() and read_json(tmp_path / "real" / name) == {"a": 1}
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    tiny_vq().save_pretrained(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "model/config.json").is_file()
+    assert not [path for path in tree(tmp_path) if ".meissonic" in path]
+
+
+def test_the_longest_names(tmp_path):
+    for name in ("a" * 255, "\U0001f600" * 63):
+        write_json(tmp_path / name, {})
+        assert (tmp_path / name).is_file()
+
+
+def test_what_is_not_a_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, "/dev/null"):
+        with pytest.raises(UserError, match="not a regular file"):
+            write_json(path, {})
+
+
+def test_a_folder_with_other_things_keeps_them(folder):
+    """The new files move into it, those of an older model are removed."""
+    model = load(folder)
+    (folder / "notes").mkdir()
+    (folder / "notes/a.txt").write_text("mine")
+    (folder / f"{MODELS[folder.name].STEM}.fp16.safetensors").write_bytes(b"old")
+    model.save_pretrained(folder)
+    assert tree(folder) == sorted(["config.json", weights(folder).name, "notes", "notes/a.txt"])
+    assert is_same(load(folder), model)
+
+
+@pytest.mark.parametrize("call", (1, 2, 3, 4))
+def test_a_folder_is_the_old_one_or_the_new_one(folder, monkeypatch, call):
+    """Whichever rename fails: those of its two files, of the old folder, of the new one."""
+    calls, replace = [], os.replace
+
+    def failing(source, target):
+        calls.append(target)
+        if len(calls) == call:
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    model, changed = load(folder), load(folder)
+    next(changed.parameters()).data += 1
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", failing)
+        with pytest.raises(OSError):
+            changed.save_pretrained(folder)
+    clean(folder.parent)
+    assert is_same(load(folder), model)
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
 # -------------------------------------------------------------------------------------------------
 # Memory
 
@@ -467,6 +634,8 @@ def test_loading_makes_no_second_copy(tmp_path):
     with torch.device("meta"):
         model = meissonic.Transformer(config)
     model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.zeros_(parameter)
     model.save_pretrained(tmp_path / "half", torch.float16)
     model.save_pretrained(tmp_path / "full")
     command = [sys.executable, "-c", LOADER, GOLDEN / "plain/transformer", tmp_path / "half",

@@ -22,8 +22,9 @@ from shared_pipeline import load_once      # noqa: F401
 import clip
 import meissonic
 import sample
+import train
 import vq
-from engine import hub, jobs, rerank
+from engine import hub, jobs, options, rerank
 from engine.checkpoint import UserError
 from engine.cli import run_script, script
 from engine.pipeline import Pipeline
@@ -380,6 +381,194 @@ def test_compiling_without_a_compiler(name, tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------
+# Names of files
+
+
+NAMES = (
+    "", " ", "!?", "\U0001f3a8", "\U0001f5a8", "\U0001d4d0" * 90, "日" * 300, "x" * 300,
+    "e\u0301" * 200, "a/../b", "..", "~", "CON", "-", "\ufe0f", "c\x00d", "𒀀" * 60 + "!")
+
+
+@pytest.mark.parametrize("seed", (0, -2 ** 63, 2 ** 63 - 9))
+@pytest.mark.parametrize("prefix", ("", "again-" + "日" * 200 + "-", "x" * 240 + "-"))
+def test_names_have_room_for_what_is_appended(prefix, seed):
+    """In bytes, for a film of it, a free number and a temporary name; those of these prompts are
+    different."""
+    prompts = {*NAMES, *(f"{mark}?" for mark in "!?¿‽\U0001f3a8")}
+    stems = [jobs.file_stem(prompt, seed, prefix, "-sweep") for prompt in prompts]
+    assert len({*stems}) == len(stems) or len(prefix) > 200   # of which 60 bytes are kept
+    for stem in stems:
+        assert len(f"{stem}-film.gif".encode()) + 20 <= 255
+        assert stem.endswith(f"{seed}-sweep") and "/" not in stem and "\0" not in stem
+
+
+def test_prompts_without_letters_are_told_apart():
+    assert jobs.slug("") == "empty"
+    slugs = {jobs.slug(prompt) for prompt in ("\U0001f3a8", "\U0001f5a8", "!", "?", "  ")}
+    assert len(slugs) == 5 and all(slug.startswith("prompt-") for slug in slugs)
+
+
+def test_results_are_not_replaced(cli):
+    """In a folder a free number is appended. A file that --out names is replaced."""
+    base = ("--prompt", "a star", *SMALL_RUN)
+    for cfg in (1, 5, 9):
+        assert cli(*base, "--cfg", cfg)[0] == 0
+    assert tree("out") == ["a-star-0-1.png", "a-star-0-2.png", "a-star-0.png"]
+    values = [open_picture(f"out/a-star-0{end}.png").text["cfg"] for end in ("", "-1", "-2")]
+    assert values == ["1.0", "5.0", "9.0"]
+    for cfg in (1, 5):
+        assert cli(*base, "--cfg", cfg, "--out", "a.png")[0] == 0
+    assert tree(".") == ["a.png", "out", *(f"out/{name}" for name in tree("out"))]
+    assert open_picture("a.png").text["cfg"] == "5.0"
+
+
+def test_a_free_path_is_free_of_everything(tmp_path):
+    """Of films beside the picture, of folders and of links that lead nowhere."""
+    path = tmp_path / "a.png"
+    assert jobs.free_path(path) == path
+    (tmp_path / "a-film.gif").touch()
+    (tmp_path / "a-1.png").mkdir()
+    (tmp_path / "a-2.png").symlink_to("nowhere")
+    assert jobs.free_path(path) == tmp_path / "a-3.png"
+
+
+@pytest.mark.parametrize("out", (
+    "x" * 252 + ".png", "日" * 84 + ".png", "\U0001f3a8" * 60 + ".png", "x" * 256, "a/" * 2040 + "b",
+    "y" * 300 + "/b.png"))
+def test_names_that_are_too_long_are_refused_at_the_start(cli, monkeypatch, out):
+    """Before anything is drawn; the message is short enough to read."""
+    monkeypatch.setattr(Pipeline, "fill_in", None)
+    status, _, err = cli("--prompt", "x", *SMALL_RUN, "--out", out)
+    assert status == 2 and "too long" in err and err.count("\n") == 1 and tree(".") == []
+
+
+def test_long_names_of_pictures(cli):
+    """Of --image and of a picture of --like: they are the beginning of the new name."""
+    name = "ж" * 125 + ".png"
+    Image.new("RGB", (64, 64), "red").save(name)
+    run = (*SMALL_RUN[:6], "--steps", 2)
+    assert cli("--image", name, "--strength", 0.5, "--prompt", "ы" * 200, *run)[0] == 0
+    made, = Path("out").iterdir()
+    assert cli("--like", made, "--out", "again", script="tools.film", *("--frames", 2))[0] == 0
+    assert len(tree("again")) == 3
+
+
+@pytest.mark.parametrize("out, made", (
+    ("runs.v2", "runs.v2/a-0.png"), ("new/../q.png", "q.png"), ("~/x", "home/x/a-0.png"),
+    ("a.b.c/d.e", "a.b.c/d.e/a-0.png"), ("new/../more/./x", "more/x/a-0.png"),
+    ("~nobody-of-that-name/x", "~nobody-of-that-name/x/a-0.png"), (".hidden", ".hidden/a-0.png"),
+    ("link.png", "elsewhere/q.png")))
+def test_where_pictures_are_written(cli, monkeypatch, out, made):
+    monkeypatch.setenv("HOME", str(Path("home").absolute()))
+    Path("elsewhere").mkdir()
+    Path("link.png").symlink_to("elsewhere/q.png")
+    assert cli("--prompt", "a", *SMALL_RUN, f"--out={out}")[0] == 0
+    assert open_picture(made).size == (64, 64)
+    assert len([path for path in Path().rglob("*.png") if not path.is_symlink()]) == 1
+
+
+def test_the_home_folder_in_every_path(monkeypatch):
+    """Of sample.py and train.py, in both spellings."""
+    monkeypatch.setenv("HOME", "/home/me")
+    parser = sample.make_parser()
+    for flag in ("out", "like", "prompt-file", "image", "mask", "model", "text-encoder", "lora"):
+        for arguments in ([f"--{flag}=~/x"], [f"--{flag}", "~/x"]):
+            assert str(vars(parser.parse_args(arguments))[flag.replace("-", "_")]) == "/home/me/x"
+    arguments = ["--out=~/o", "--data=~/d", "--init=~/i", "--text-encoder=~/t"]
+    args = options.parse_arguments(train.PRESETS, train.STAGES, "", arguments)
+    assert (str(args.out), args.data, args.init, args.text_encoder) == (
+        "/home/me/o", "/home/me/d", "/home/me/i", "/home/me/t")
+
+
+# --------------------------------------------------------------------------------------------------
+# Prompts from files, cut prompts, seeds
+
+
+def test_lines_of_a_prompt_file(tmp_path):
+    """Blank ones are skipped; U+2028, U+0085, form feeds and lone carriage returns are text."""
+    file = tmp_path / "p"
+    file.write_bytes("\ufeffa\u2028b\r\n\r\n \t \nc\x0cd\x85e\x0b\n\nf\rg".encode())
+    assert jobs.read_lines(file) == ["a\u2028b", "c\x0cd\x85e\x0b", "f\rg"]
+    file.write_bytes(b"\n \r\n")
+    with pytest.raises(UserError, match="no prompts"):
+        jobs.read_lines(file)
+
+
+@pytest.mark.parametrize("name", ("pipe", "/dev/zero", "large", "link", "/proc/self/mem"))
+def test_prompt_files_that_never_end(cli, name):
+    os.mkfifo("pipe")
+    Path("link").symlink_to("/dev/zero")
+    with open("large", "wb") as file:
+        file.truncate(10 ** 13)
+    assert_refused(cli, ["--prompt-file", name, *SMALL_RUN], "--prompt-file", name)
+
+
+def test_one_line_about_the_users_own_prompt_that_is_cut(cli):
+    """None about the prompts without one part each, by which candidates are judged."""
+    words = ", ".join(f"a red circle v{i}" for i in range(40))
+    status, _, err = cli("--prompt", words, *SMALL_RUN, "--best-of", 3)
+    assert status == 0 and err.count("cut to") == 1 and "v39" in err
+    status, _, err = cli("--prompt", "w" * 9000 + " end", *SMALL_RUN)
+    assert status == 0 and err.count("cut to") == 1
+
+
+def test_a_seed_of_minus_1_is_drawn(cli):
+    """Printed and stored, so that the picture can be made again. Other negative ones are seeds."""
+    seeds = set()
+    for number in range(3):
+        status, out, _ = cli("--prompt", "x", *SMALL_RUN, "--seed", -1, "--out", f"{number}.png")
+        seed = open_picture(f"{number}.png").text["seed"]
+        assert status == 0 and out.splitlines()[0].endswith(f"seed: {seed}") and int(seed) >= 0
+        seeds.add(seed)
+    assert len(seeds) == 3
+    assert cli("--prompt", "x", *SMALL_RUN, "--seed=-2", "--n", 2)[0] == 0
+    assert tree("out") == ["x--1.png", "x--2.png"]
+    assert cli("--like", "out/x--1.png", "--out", "a.png")[0] == 0
+    assert Path("a.png").read_bytes() == Path("out/x--1.png").read_bytes()
+
+
+# --------------------------------------------------------------------------------------------------
+# Bounds
+
+
+@pytest.mark.parametrize("flag, limit", (
+    ("--n", 100_000), ("--best-of", 1000), ("--remask", 1000), ("--steps", 10_000),
+    ("--batch", 1024), ("--feather", 256)))
+def test_numbers_have_an_upper_bound(cli, flag, limit):
+    parser = sample.make_parser()
+    assert limit in vars(parser.parse_args([flag, str(limit)])).values()
+    for value in (limit + 1, 10 ** 12, "9" * 5000, "²", "٣", "1_0", " 1", "+1", "1e3"):
+        assert_refused(cli, ["--prompt", "x", *SMALL_RUN, f"{flag}={value}"], flag, limit)
+
+
+@pytest.mark.parametrize("flag, value", (
+    ("--seed", "9" * 5000), ("--seed", "²"), ("--seed", "٣"), ("--size", "٦٤"), ("--size", "²"),
+    ("--size", "9" * 5000), ("--size", "4128x4096"), ("--outpaint", "²,1,1,1"), ("--cfg", "1e39"),
+    ("--temperature", "1e7"), ("--score-condition", "-1e300"), ("--outpaint", "9" * 5000)))
+def test_digits_and_numbers_that_no_flag_takes(cli, flag, value):
+    values = [value, "0"] if flag == "--temperature" else [value]
+    assert_refused(cli, ["--prompt", "x", *SMALL_RUN, *([flag, *values] if len(values) > 1
+                                                       else [f"{flag}={value}"])], flag)
+
+
+def test_more_pictures_than_a_run_has(cli):
+    Path("p").write_text("a\n" * 101)
+    assert_refused(cli, ["--prompt-file", "p", *SMALL_RUN, "--n", 1000], "101000 pictures")
+
+
+def test_a_batch_that_no_memory_holds(cli):
+    for flags in (["--size", 4096, "--batch", 64, "--n", 64], ["--size", 2048, "--n", 1024,
+                                                               "--batch", 1024]):
+        assert_refused(cli, ["--prompt", "x", *SMALL_RUN, *flags], "--batch", "tokens")
+
+
+def test_out_of_memory_mentions_candidates(cli, monkeypatch):
+    monkeypatch.setattr(Pipeline, "fill_in", lambda *_, **__: torch.empty(2 ** 60))
+    status, _, err = cli("--prompt", "x", *SMALL_RUN, "--best-of", 2)
+    assert status == 2 and "--best-of" in err.splitlines()[-1]
+
+
+# --------------------------------------------------------------------------------------------------
 # Broken models
 
 
@@ -447,6 +636,21 @@ def test_broken_models(cli, tmp_path, name):
     harm(folder)
     prompt = "a red circle above a blue square"
     assert_refused(cli, ["--prompt", prompt, *SMALL_RUN, "--model", folder], folder, word)
+
+
+@pytest.mark.parametrize("file", (SCHEDULER, "vqvae/config.json", "tokenizer/vocab.json",
+                                  "transformer/diffusion_pytorch_model.safetensors"))
+@pytest.mark.parametrize("kind", ("pipe", "zero", "folder"))
+def test_files_of_a_model_that_never_end(cli, tmp_path, file, kind):
+    folder = Path(shutil.copytree(GOLDEN_MODEL, tmp_path / "model"))
+    (folder / file).unlink()
+    if kind == "pipe":
+        os.mkfifo(folder / file)
+    elif kind == "zero":
+        (folder / file).symlink_to("/dev/zero")
+    else:
+        (folder / file).mkdir()
+    assert_refused(cli, ["--prompt", "x", *SMALL_RUN, "--model", folder], folder)
 
 
 def test_folders_that_are_no_models(cli, tmp_path):

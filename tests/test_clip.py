@@ -12,6 +12,7 @@ from shape_comments import ShapeComments
 
 import clip
 from engine.checkpoint import CheckpointError, read_json
+from engine.pipeline import Pipeline
 
 WORDS = "a the red green café star stars circle of left above zebra's 7 ! Ünder".split()
 few = settings(max_examples=20, deadline=None)
@@ -134,8 +135,11 @@ def test_lengths(tmp_path):
 
 
 @pytest.mark.parametrize("name, text, words", [
-    ("vocab.json", "{", "cannot be read"), ("vocab.json", None, "no vocab.json"),
-    ("merges.txt", "#version\nqq zz", "cannot be read"),
+    ("vocab.json", "{", "vocab.json: not a JSON file"), ("vocab.json", None, "no vocab.json"),
+    ("merges.txt", None, "no merges.txt"), ("merges.txt", "", "merges.txt: cut off"),
+    ("vocab.json", '["a"]', "vocab.json: not a JSON object"),
+    ("tokenizer_config.json", '{"model_max_length": NaN}', "model_max_length nan"),
+    ("merges.txt", "#version\nqq zz", "merges.txt: cut off"),
     ("special_tokens_map.json", '{"pad_token": null}', "pad_token None"),
     ("tokenizer_config.json", "[1]", "tokenizer_config.json"),
     ("special_tokens_map.json", "{", "special_tokens_map.json"),
@@ -150,6 +154,41 @@ def test_broken_tokenizers_are_named(tmp_path, name, text, words):
         (tmp_path / name).write_text(text)
     with pytest.raises(CheckpointError, match=words):
         clip.Tokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("keep", (0.3, 0.7, 0.97))
+def test_merges_that_were_cut_off(tmp_path, keep):
+    """The file says nothing of its length: the vocabulary does."""
+    learned_tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "merges.txt"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text[:int(keep * len(text))], encoding="utf-8")
+    with pytest.raises(CheckpointError, match="merges.txt: cut off"):
+        clip.Tokenizer.from_pretrained(tmp_path)
+
+
+def test_a_vocabulary_whose_largest_id_exceeds_the_embedding(tmp_path):
+    """It has no more words than the embedding has rows, but a gap."""
+    model = Path(shutil.copytree(GOLDEN / "compressed", tmp_path / "model"))
+    words = json.loads((model / "tokenizer/vocab.json").read_text(encoding="utf-8"))
+    words["!"] = 10_000
+    (model / "tokenizer/vocab.json").write_text(json.dumps(words))
+    with pytest.raises(CheckpointError, match="more words"):
+        Pipeline(model)
+
+
+def test_a_tokenizer_folder_appears_whole(tmp_path, monkeypatch):
+    """A full disk in between leaves the old one, or none."""
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+    learned_tokenizer().save_pretrained(tmp_path / "old")
+    before = sorted(path.read_bytes() for path in (tmp_path / "old").iterdir())
+    monkeypatch.setattr(clip, "write_json", full)
+    for name in ("old", "new"):
+        with pytest.raises(OSError):
+            golden_tokenizer().save_pretrained(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+    assert sorted(path.read_bytes() for path in (tmp_path / "old").iterdir()) == before
 
 
 def test_a_vocabulary_without_the_special_tokens(tmp_path):

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from engine import data, image_files
 from engine.checkpoint import CheckpointError, UserError
 from engine.data import FileSource, TokenDataset, encode_images, epoch_indices, readable, to_float
-from engine.image_files import Entry, File, ImageFiles, SourceError
+from engine.image_files import MAX_TEXT, Entry, File, ImageFiles, SourceError
 from engine.images import PictureError, crop_square
 
 # ------------------------------------------------------------------------------------------------
@@ -213,7 +213,68 @@ def test_a_name_that_is_no_text(tmp_path):
     with pytest.raises(PictureError) as caught:
         images[0]
     assert f"{caught.value} {images.skipped}".encode()
-    assert images.skipped[0].endswith(".png: no caption")
+    assert images.skipped[0].endswith("\\udcfe.png: no caption")
+
+
+def test_names_with_terminal_escapes(tmp_path):
+    """What is printed and written to skipped.txt has one line for each file, and acts on no
+    terminal."""
+    evil = "a\x1b[2J\n1 pictures skipped\u202e"
+    tar = {f"{evil}.png": PICTURE, "b.png": PICTURE, "b.txt": "b"}
+    write_tar(tmp_path / "a.tar", tar)
+    write(tmp_path / "d", tar | {f"c{evil}.png": b"no picture", f"c{evil}.txt": "c"})
+    for source in ("a.tar", "d"):
+        images = ImageFiles(tmp_path / source)
+        assert len(images.skipped) == 1 and images.skipped[0].isprintable()
+        assert "a\\x1b[2J\\n1 pictures skipped\\u202e.png: no caption" in images.skipped[0]
+    with pytest.raises(PictureError) as caught:
+        images[1]
+    assert str(caught.value).isprintable()
+    with pytest.raises(SourceError) as caught:
+        ImageFiles(tmp_path / f"no{evil}")
+    assert str(caught.value).isprintable()
+
+
+def test_files_that_never_end(tmp_path):
+    """Captions, sidecars and pictures that are devices, or of a size that no such file has."""
+    write(tmp_path, {"a.png": PICTURE, "b.txt": "b", "c.png": PICTURE, "d.txt": "d"})
+    os.symlink("/dev/zero", tmp_path / "a.txt")
+    os.symlink("/dev/zero", tmp_path / "b.png")
+    for name, size in (("c.txt", MAX_TEXT), ("d.png", 10 ** 13)):
+        with open(tmp_path / name, "wb") as file:
+            file.truncate(size + 1)                           # sparse: takes no room
+    images = ImageFiles(tmp_path)
+    reasons = ("a.txt: not a regular", "b.png: not a regular", "c.txt: larger", "d.png: larger")
+    for i, reason in enumerate(reasons):
+        with pytest.raises(PictureError) as caught:
+            images[i]
+        assert str(caught.value).startswith(str(tmp_path / reason))
+
+
+@pytest.mark.parametrize("pattern, names", (
+    ("{000..002}.tar", ["000", "001", "002"]), ("{8..11}.tar", ["8", "9", "10", "11"]),
+    ("{08..11}.tar", ["08", "09", "10", "11"]), ("{a,b}{1..2}.tar", ["a1", "a2", "b1", "b2"]),
+    ("{3..3}.tar", ["3"]), ("{1,1}.tar", ["1"]), ("[ab]{1..2}.tar", ["a1", "a2", "b1", "b2"])))
+def test_braces_in_a_pattern(tmp_path, pattern, names):
+    for name in {*names, "0", "12"}:
+        write_tar(tmp_path / f"{name}.tar", {f"{name}.png": PICTURE, f"{name}.txt": name})
+    images = ImageFiles(tmp_path / pattern)
+    assert sorted(image[1] for image in images) == sorted(names)
+
+
+@pytest.mark.parametrize("pattern, word", (
+    ("{0..1}.tar", "1.tar"), ("{0..999999}.tar", "more than"), ("{0..9999999}.tar", "no such file"),
+    ("{0..9999}{0..9999}", "more"),
+    ("{5..1}.tar", "no such file"), ("{0..x}.tar", "no such file"), ("{,}", "")))
+def test_braces_that_match_no_file(tmp_path, pattern, word):
+    """Of shards in a row none may be missing."""
+    write_tar(tmp_path / "0.tar", {"a.png": PICTURE, "a.txt": "a"})
+    assert word in source_error(tmp_path / pattern)
+
+
+def test_a_name_with_braces_is_itself(tmp_path):
+    write_tar(tmp_path / "{0..1}.tar", {"a.png": PICTURE, "a.txt": "a"})
+    assert len(ImageFiles(tmp_path / "{0..1}.tar")) == 1
 
 
 @pytest.mark.parametrize("raw, caption", [
@@ -343,7 +404,7 @@ def test_a_broken_line_is_named(tmp_path, line, reason):
 
 
 def test_metadata_that_cannot_be_opened(tmp_path, monkeypatch):
-    def refuse(self):
+    def refuse(self, limit):
         raise PermissionError(13, "Permission denied")
 
     write(tmp_path, {"metadata.jsonl": "{}"})
@@ -415,8 +476,8 @@ def test_random_access_to_a_tar(tmp_path, monkeypatch):
     sizes = []
     read = File.read
 
-    def counting_read(self):
-        raw = read(self)
+    def counting_read(self, *limit):
+        raw = read(self, *limit)
         sizes.append(len(raw))
         return raw
 
@@ -623,7 +684,7 @@ def test_encoding_a_folder(tmp_path, capsys):
     named = (tmp_path / "run" / "skipped.txt").read_text().splitlines()
     assert [line.split(": ")[0][-7:] for line in named] == ["003.png", "007.png"]
     with safe_open(files[0], framework="pt") as file:
-        assert file.metadata().keys() == {"source", "state", "skipped"}
+        assert file.metadata().keys() == {"format", "source", "state", "skipped"}
         assert file.metadata()["source"] == "photos"
 
 

@@ -48,11 +48,11 @@ def inputs(seed, batch, downsample=True):
 
 @few
 @given(SEED, st.sampled_from([1, 2, 3]), st.booleans(), st.sampled_from([1, 3.0, -2.0]),
-       st.integers(1, 20), st.integers(1, 24), st.sampled_from(sorted(meissonic.TIMESTEPS)))
-def test_a_whole_run_draws_the_same_ids(seed, batch, downsample, scale, steps, unknown, timesteps):
+       st.integers(1, 20), st.integers(1, 24), st.sampled_from(sorted(meissonic.RATE_CONDITIONS)))
+def test_a_whole_run_draws_the_same_ids(seed, batch, downsample, scale, steps, unknown, convention):
     model, cond, uncond = inputs(seed, batch, downsample)
     ids = masked_grid(seed, batch, 4, 6, unknown, model)
-    plan = Schedule(steps, scale, (2.0, 0.0), "cosine", timesteps).plan(unknown, 24)
+    plan = Schedule(steps, scale, (2.0, 0.0), "cosine", convention).plan(unknown, 24)
     runs = []
     for make in (meissonic.reference_predictor, fast.predictor):
         predict = make(model, cond, uncond, *([plan] if make is fast.predictor else []))
@@ -121,7 +121,7 @@ def test_adaptive_norms_may_stay_on_the_host(tmp_path):
     CPU, which is `meta` here, the model leaves just these behind."""
     tiny_transformer().save_pretrained(tmp_path)
     model = meissonic.Transformer.from_pretrained(tmp_path, host=fast.ADAPTIVE_NORMS)
-    kept = {id(p) for norm in fast.adaptive_norms(model) for p in norm.linear.parameters()}
+    kept = {id(p) for norm in fast.modulation_layers(model) for p in norm.linear.parameters()}
     named = {name for name, p in model.named_parameters() if id(p) in kept}
     assert len(named) == 6
     assert named == {name for name, _ in model.named_parameters()
@@ -236,7 +236,7 @@ def test_the_bundled_model_in_8_bits(exact, dtype, most):
     config = model.config
     assert len(layers) == 8 * config.num_layers + 2 * config.num_single_layers
     assert all(layer.weight.dtype == dtype for layer in layers)
-    for norm in fast.adaptive_norms(model):
+    for norm in fast.modulation_layers(model):
         assert norm.linear.weight.dtype == torch.float32
 
 

@@ -2,12 +2,15 @@
 import hashlib
 import http.server
 import json
+import os
 import shutil
 import socket
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
 from common import GOLDEN_MODEL, SMALL_RUN, assert_refused, open_picture, shell, tree
@@ -87,6 +90,67 @@ def test_names_that_the_hub_refuses(cli, model, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi", no_network)
     monkeypatch.setattr("huggingface_hub.snapshot_download", no_network)
     assert_refused(cli, ["--prompt", "x", *SMALL_RUN, f"--model={model}"], model)
+
+
+def test_places_here_are_not_asked_of_the_hub(cli, monkeypatch):
+    """A file, a mistyped folder beside others, nothing at all."""
+    monkeypatch.setattr("huggingface_hub.HfApi", None)
+    Path("runs/shapes").mkdir(parents=True)
+    Path("runs/weights.safetensors").touch()
+    os.mkfifo("pipe")
+    for model, words in (("runs/weights.safetensors", ["a file", "transformer"]),
+                         ("runs/shpaes", ["a folder runs", "no shpaes"]),
+                         ("", ["neither a folder"]),
+                         ("pipe", ["a file"]), ("runs/", ["runs"]),
+                         ("~nobody-of-that-name/x", ["neither"])):
+        assert_refused(cli, ["--prompt", "x", *SMALL_RUN, f"--model={model}"], *words)
+    assert_refused(cli, ["--prompt", "x", *SMALL_RUN, "--text-encoder=runs/x"], "text encoder",
+                   "no x in it")
+
+
+class Answer(Exception):
+    """An error of the hub's client with an answer of the hub."""
+    def __init__(self, status):
+        super().__init__(f"{status} Client Error\nsee the documentation")
+        self.response = SimpleNamespace(status_code=status, headers={}, request=None)
+
+
+@pytest.mark.parametrize("place", ("HfApi.model_info", "snapshot_download"))
+@pytest.mark.parametrize("error, words, others", (
+    (Answer(403), "permission", "network"), (Answer(401), "no such public repository", "network"),
+    (Answer(404), "no such public repository", "network"),
+    (Answer(503), "--model FOLDER", "log in"),
+    (ConnectionError("no route to host"), "--model FOLDER", "log in"),
+    (TimeoutError(), "--model FOLDER", "log in"),
+    ("GatedRepoError", "permission", "no such"),
+    ("RepositoryNotFoundError", "no such", "network")))
+def test_what_the_hub_answers(cli, monkeypatch, tmp_path, place, error, words, others):
+    """Three messages: ask for permission, correct the name, connect."""
+    if isinstance(error, str):
+        kind = getattr(huggingface_hub.errors, error)
+        error = kind.__new__(kind)
+        Exception.__init__(error, "401 Client Error")
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    if place == "snapshot_download":
+        monkeypatch.setattr(hub, "plan_download", lambda one, dtype: hub.Download(
+            one.place, [], 0, one.advice))
+        monkeypatch.setattr(hub, "announce", lambda *_: None)
+    monkeypatch.setattr(f"huggingface_hub.{place}", fail)
+    status, _, err = cli("--prompt", "x", *SMALL_RUN, "--model", "some-body/something")
+    assert status == 2 and err.count("\n") == 1 and "some-body/something" in err
+    assert words in err and others not in err
+
+
+def test_pointers_in_place_of_weights(cli, tmp_path):
+    """Of a clone without Git LFS."""
+    folder = Path(shutil.copytree(GOLDEN_MODEL, tmp_path / "model"))
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n"
+    (folder / "vqvae/diffusion_pytorch_model.safetensors").write_text(pointer)
+    assert_refused(cli, ["--prompt", "x", *SMALL_RUN, "--model", folder], "vqvae", "git lfs pull")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -297,7 +361,7 @@ def test_the_bundled_model_is_small_and_in_half_precision():
         with safe_open(path, framework="pt") as file:
             assert {file.get_slice(key).get_dtype() for key in file.keys()} == {"F16"}
     pipe = Pipeline(hub.BUNDLED)
-    assert pipe.multiple == 2 * pipe.f and pipe.schedule.timesteps == "rate"
+    assert pipe.multiple == 2 * pipe.f and pipe.schedule.rate_condition == "rate"
 
 
 def test_the_fingerprint_tells_checkpoints_apart():

@@ -64,8 +64,7 @@ def test_a_model_is_not_written_over_by_another(model, tmp_path, capsys, argumen
 def test_a_model_may_be_named_again(model, tmp_path):
     """First to encode, then to train. An interrupted copy is begun again."""
     out = tmp_path / "run"
-    shutil.copytree(model / "vqvae", out / ".vqvae")
-    (out / ".vqvae" / "config.json").unlink()
+    shutil.copytree(model / "vqvae", out / ".meissonic-4194305-0a")
     command("--out", out, "--init", model, "--stage", "1", "--encode")
     command("--out", out, "--init", model, "--stage", "1", "--steps", 2)
     assert_same_tensors(model, out, VQ_WEIGHTS)
@@ -93,6 +92,24 @@ def test_what_init_brought_stays_without_naming_it_again(model, tmp_path):
 def test_a_text_encoder_needs_its_tokenizer(model, tmp_path, capsys):
     shutil.rmtree(model / "tokenizer")
     assert "tokenizer" in refused(capsys, "--out", tmp_path / "run", "--init", model)
+
+
+@pytest.mark.parametrize("name", ("tokenizer/merges.txt", "vqvae/config.json", TEXT_WEIGHTS))
+def test_an_incomplete_part_is_named_and_not_copied(model, tmp_path, capsys, name):
+    (model / name).unlink()
+    out = tmp_path / "run"
+    part, file = name.split("/")
+    message = refused(capsys, "--out", out, "--init", model, "--stage", "1")
+    assert part in message and file in message
+    assert not (out / part).exists()
+
+
+def test_an_incomplete_part_in_the_folder_is_named(tmp_path, capsys):
+    """It is not taken for one that is still to be made."""
+    out = copy_run(tmp_path / "run", "*.checkpoint.*")
+    (out / "text_encoder/config.json").unlink()
+    message = refused(capsys, "--out", out, "--stage", "4")
+    assert "text_encoder" in message and "config.json" in message
 
 
 def test_parts_that_do_not_fit_are_refused_before_encoding(model, tmp_path, capsys):

@@ -226,7 +226,7 @@ def test_a_block_whose_gates_are_zero_is_the_identity():
     assert not torch.allclose(multi(x, text, temb, rope)[0], x)
     assert not torch.allclose(single(s, 5, temb, rope), s)
     for block in model.blocks:
-        for norm in block.norms:
+        for norm in block.modulation_layers:
             zero_gates(norm)
     after, after_text = multi(x, text, temb, rope)
     assert torch.equal(after, x) and torch.equal(after_text, text)

@@ -362,7 +362,7 @@ def test_examples_run(path, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_pipelines_example_draws_what_it_says(monkeypatch):
-    """A red circle above a blue square: engine/pipeline.py's example, and README's first picture."""
+    """A red circle above a blue square: engine/pipeline.py's example and README's first picture."""
     from shapes import score, world
     monkeypatch.chdir(ROOT)
     names = dict(vars(load("engine/pipeline.py")))

@@ -1,20 +1,29 @@
 """Never losing a run: kills, signals, full disks, losses that are not finite."""
+import json
 import os
 import signal
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_training import (KILL, RESULTS, SAVE, STAGES, STEPS, VQ_WEIGHTS, assert_same_tensors,
                            command, contents, copy_parts, copy_run, events, losses, refused,
                            run_process, script, shrink, trained_run)
 
 import train
 import vq
-from common import photos
-from engine import log, resume, vq_training
+from common import ROOT, photos
+from engine import checkpoint, log, recipe, resume, vq_training
+from engine.checkpoint import read_metadata
+from engine.distributed import Run
+from engine.log import draw_losses
+from engine.recipe import FileRecipe
 
 VQ_RESULTS = (VQ_WEIGHTS, "vq-0000030.checkpoint.safetensors")
 
@@ -40,7 +49,7 @@ def out(tmp_path):
 
 
 def last_step(out, stage):
-    return int(resume.read_metadata(resume.checkpoints(out, stage)[-1])["step"])
+    return int(read_metadata(resume.checkpoints(out, stage)[-1])["step"])
 
 
 def interrupt(monkeypatch, step, number, *arguments):
@@ -131,9 +140,12 @@ def test_codes_restart_alike_after_an_interruption(out, tmp_path, monkeypatch):
 
 def test_halves_of_files_are_removed(tmp_path):
     out = copy_run(tmp_path / "run")
-    for half in (".4-0000500.checkpoint.safetensors.17",
-                 "transformer/.diffusion_pytorch_model.safetensors.17"):
+    gone = 2 ** 22 + 1                            # no process has such a number
+    for half in (f".meissonic-{gone}-0a", f"transformer/.meissonic-{gone}-0b",
+                 f"tokens/4/.meissonic-{gone}-0c"):
         (out / half).write_bytes(b"half")
+    (out / f".meissonic-{gone}-0d").mkdir()
+    (out / f".meissonic-{gone}-0d/config.json").write_text("{")
     command("--out", out, "--stage", "4", "--steps", 3, "--resume", "--seed", 3)
     assert not list(out.rglob(".*"))
 
@@ -158,7 +170,7 @@ def full_at(monkeypatch, owner, name, call, error):
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(out, monkeypatch, capsys):
-    full_at(monkeypatch, resume, "save_file", 3, OSError(28, "No space left on device"))
+    full_at(monkeypatch, checkpoint, "save_file", 5, OSError(28, "No space left on device"))
     assert "No space left" in refused(capsys, "--out", out, "--seed", 3, "--stage", "vq")
     assert last_step(out, "vq") == 10 and not list(out.rglob(".*"))
 
@@ -255,6 +267,188 @@ def test_a_loss_that_stays_bad_ends_the_run(out, monkeypatch, capsys):
     assert "--lr" in refused(capsys, "--out", out, "--stage", "vq", "--seed", 3)
     assert len(seen) == 10 + 12 and last_step(out, "vq") == 10
     assert not any(torch.equal(seen[10], seen[i]) for i in (13, 16, 19))
+
+
+@pytest.mark.slow
+def test_a_rate_that_breaks_the_model_writes_no_broken_weights(out, capsys):
+    refused(capsys, "--out", out, "--stage", "vq", "--seed", 3, "--lr", 1e30)
+    for path in out.rglob("*.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(path).values()), path
+
+
+def test_a_stage_whose_steps_were_all_dropped_is_an_error(out, monkeypatch, capsys):
+    """Two steps are too few to go back. The stage is not over: --resume does it."""
+    monkeypatch.setitem(train.PRESETS["shapes"]["vq"], "steps", 2)
+    monkeypatch.setitem(train.PRESETS["shapes"]["vq"], "quantize_from", 1)
+    with monkeypatch.context() as patch:
+        poison(patch, (1, 2))
+        message = refused(capsys, "--out", out, "--stage", "vq")
+    assert "nothing was learned" in message and last_step(out, "vq") == 0
+    assert not (out / "vqvae").exists()
+    command("--out", out, "--stage", "vq", "--resume")
+    assert last_step(out, "vq") == 2
+
+
+def test_a_checkpoint_that_is_not_finite_is_refused(out, monkeypatch, capsys):
+    """Neither written nor read."""
+    interrupt(monkeypatch, 3, signal.SIGTERM, "--out", out, "--stage", "vq")
+    path = resume.checkpoints(out, "vq")[-1]
+    tensors, about = load_file(path), read_metadata(path)
+    name = "ema.vq.encoder.conv_in.bias"
+    tensors[name][0] = float("nan")
+    with pytest.raises(checkpoint.UserError, match=name):
+        checkpoint.write_tensors(path, tensors, about)
+    save_file(tensors, path, metadata=about)
+    message = refused(capsys, "--out", out, "--stage", "vq", "--resume")
+    assert name in message and path.name in message
+
+
+# -----------------------------------------------------------------------------
+# One run, one folder
+
+
+def test_a_second_run_at_the_same_time_is_refused(tmp_path, capsys):
+    out = copy_run(tmp_path / "run")
+    before = contents(out)
+    with resume.only_run_in(Run(out, {})):
+        message = refused(capsys, "--out", out, "--seed", 3, "--resume")
+        assert f"process {os.getpid()}" in message and str(out) in message
+        assert (out / "lock.json").exists()
+    assert contents(out) == before                # the lock is gone
+
+
+def holder(**changes):
+    own = {"pid": os.getpid(), "host": socket.gethostname(),
+           "start": resume.process_start(os.getpid())}
+    return json.dumps(own | changes)
+
+
+@pytest.mark.parametrize("text", (
+    holder(pid=2 ** 22 + 1), holder(start=1), holder(pid=0), holder(pid=10 ** 30), "", "{", "null",
+    '{"pid": []}', "[" * 100_000, "\xff"), ids=range(10))
+def test_a_stale_lock_is_taken_over(tmp_path, text):
+    """Of a process that is gone, or whose number another one has now; or cut off by a kill."""
+    (tmp_path / "lock.json").write_text(text, encoding="latin-1")
+    with resume.only_run_in(Run(tmp_path, {})):
+        found = json.loads((tmp_path / "lock.json").read_text())
+        assert json.loads(holder()).items() <= found.items()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_lock_of_another_machine_is_kept(tmp_path):
+    (tmp_path / "lock.json").write_text(holder(host="elsewhere"))
+    with pytest.raises(checkpoint.UserError, match="elsewhere.*remove"):
+        with resume.only_run_in(Run(tmp_path, {})):
+            pass
+    assert (tmp_path / "lock.json").exists()
+
+
+def test_the_lock_goes_after_errors(tmp_path, capsys):
+    refused(capsys, "--out", tmp_path / "run", "--stage", "1")
+    assert not (tmp_path / "run/lock.json").exists()
+
+
+def test_temporary_files_of_running_processes_stay(tmp_path):
+    """Another program may be writing a picture there. An old folder comes back if it is needed."""
+    (tmp_path / f".meissonic-{os.getppid()}-0a").write_text("half")
+    (tmp_path / f".meissonic-{os.getpid()}-0b").write_text("half")
+    (tmp_path / ".meissonic-old-vqvae").mkdir()
+    resume.clean(tmp_path)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == [f".meissonic-{os.getppid()}-0a", "vqvae"]
+    (tmp_path / ".meissonic-old-vqvae").mkdir()
+    resume.clean(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
+
+
+# -----------------------------------------------------------------------------
+# Telling does not stop training
+
+
+FOREIGN = (b"3", b"null", b"[1]", b"\xff\xfe", b"[" * 100_000, b'{"stage": "vq", "step": 1}', b"",
+           b'{"stage": "vq", "step": 1, "loss": "low"}',
+           b'{"stage": "vq", "step": null, "loss": 1}',
+           b'{"stage": ["vq"], "step": 1, "loss": 1}', b'{"stage": "vq", "step": true, "loss": 1}',
+           b'{"stage": "vq", "step": 1, "loss": NaN}', b'{"stage": "vq", "step": -3, "loss": 1}',
+           b'{"stage": "vq", "step": 1, "loss": 1' + b"0" * 400 + b"}",
+           b'{"stage": "vq", "step": 0, "event": "scores", "overall": "good"}',
+           b'{"stage": "zero", "step": 0, "loss": 1}')
+
+
+def test_foreign_lines_in_the_log(out, monkeypatch, capsys):
+    monkeypatch.setattr(log, "draw_losses", draw_losses)
+    (out / "log.jsonl").write_bytes(b"\n".join(FOREIGN) + b"\n")
+    command("--out", out, "--stage", "vq", "--steps", 7)
+    assert len(losses(out, "vq")) == 7 and len(log.read_log(out)) == 9
+    assert (out / "loss.png").is_file() and "vq" in capsys.readouterr().out
+
+
+def test_a_clock_that_stands_still(out, monkeypatch):
+    monkeypatch.setattr(log.time, "perf_counter", lambda: 5.0)
+    command("--out", out, "--stage", "vq", "--steps", 7)
+    assert len(losses(out)) == 7
+
+
+def test_pictures_that_cannot_be_written_are_a_note(out, monkeypatch, capsys):
+    """A folder in the way of loss.png, and one in that of log.jsonl."""
+    monkeypatch.setattr(log, "draw_losses", draw_losses)
+    (out / "loss.png").mkdir()
+    command("--out", out, "--stage", "vq", "--steps", 6)
+    assert "note: log.jsonl or loss.png" in capsys.readouterr().err
+    (out / "log.jsonl").unlink()
+    (out / "log.jsonl").mkdir()
+    command("--out", out, "--stage", "vq", "--steps", 7, "--resume")
+    assert last_step(out, "vq") == 7
+
+
+def test_a_sheet_that_cannot_be_written_is_a_note(tmp_path, capsys):
+    """Neither a folder in its way nor a model that draws NaN ends the run."""
+    run = Run(copy_run(tmp_path / "run"), train.PRESETS["shapes"])
+    sheet = FileRecipe(run)
+    sheet.sheet_captions = lambda stage: ["a red circle"] * 20
+    (run.out / "sheet.png").mkdir()
+    recipe.evaluate(run, sheet, "4", 2)
+    (run.out / "transformer/config.json").write_text("{")
+    recipe.evaluate(run, sheet, "4", 2)
+    assert capsys.readouterr().err.count("note: sheet.png could not be written") == 2
+
+
+# -----------------------------------------------------------------------------
+# No orphans
+
+
+ORPHANS = """
+import os, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+from engine import data
+
+class Slow:
+    def __getitem__(self, i):
+        time.sleep(0.1)
+        return b"x" * 10 ** 6
+batches = [list(range(i, i + 4)) for i in range(0, 4000, 4)]
+data.os.cpu_count = lambda: 2
+files = [data.TokenFile(None, {}, batches)]
+loader = data._read_batches(Slow(), files, True)
+next(loader)
+print(*[worker.pid for worker in loader._workers], flush=True)
+os.kill(os.getpid(), int(sys.argv[2]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="processes are looked up in /proc")
+@pytest.mark.parametrize("number", (signal.SIGKILL, signal.SIGTERM))
+def test_readers_end_with_their_parent(number):
+    command = [sys.executable, "-c", ORPHANS, str(ROOT), str(int(number))]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60)
+    workers = [int(pid) for pid in done.stdout.split()]
+    assert done.returncode == -number and len(workers) == 2
+    for _ in range(50):
+        alive = [pid for pid in workers if resume.process_start(pid) is not None]
+        if not alive:
+            return
+        time.sleep(0.1)
+    raise AssertionError(alive)
 
 
 # -----------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from meissonic import Conditioning, Schedule
 SEED = st.integers(0, 2 ** 32 - 1)
 ANY_SEED = st.integers(-2 ** 63, 2 ** 63 - 1)
 KINDS = st.sampled_from(sorted(meissonic.MASK_SCHEDULES))
-TIMESTEPS = sorted(meissonic.TIMESTEPS)
+RATE_CONDITIONS = sorted(meissonic.RATE_CONDITIONS)
 SCHEDULE = Schedule(5, 2.0, (2.0, 0.0), "cosine", "step")
 MASK = 47                                                    # the tiny models' mask token
 CODES = 40
@@ -286,7 +286,7 @@ def test_no_two_draws_share_their_noise(model):
 # Likelihoods and saliency
 
 
-@pytest.mark.parametrize("convention", TIMESTEPS)
+@pytest.mark.parametrize("convention", RATE_CONDITIONS)
 def test_likelihoods(model, convention):
     """With all masked they are the model's log-probabilities; a rate of a half leaves half of the
     ids out; the answer is the same in each call."""
@@ -314,7 +314,7 @@ def test_the_mean_over_rates():
     assert rerank.mean_over_rates(log_p).tolist() == [[-2, -2, 0]]
 
 
-@pytest.mark.parametrize("convention", TIMESTEPS)
+@pytest.mark.parametrize("convention", RATE_CONDITIONS)
 def test_saliency(model, convention):
     """Nothing between equal captions, the opposite the other way round, and each picture's own."""
     old, new = conditionings(model, 2)

@@ -4,6 +4,7 @@ test_golden.py compares masked_counts with the official implementation.
 """
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -13,13 +14,14 @@ from hypothesis import strategies as st
 
 import meissonic
 from engine.checkpoint import CheckpointError
+from engine.pipeline import Pipeline
 
 STEPS = st.integers(1, 300)
 TOKENS = st.one_of(st.integers(1, 300), st.integers(1, 5000))
 KINDS = st.sampled_from(sorted(meissonic.MASK_SCHEDULES))
 BUNDLED = GOLDEN.parent.parent / "weights" / "shapes" / "scheduler"
 SCHEDULE = meissonic.Schedule(steps=8, cfg_scale=3.0, temperature=(2.0, 0.5),
-                              mask_schedule="cosine", timesteps="rate")
+                              mask_schedule="cosine", rate_condition="rate")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -103,8 +105,8 @@ def test_timestep_conventions(steps, masked, known):
     """step counts down; rate is the share of all tokens in 1000 levels; rate1000 is 1000 of it."""
     tokens = masked + known
     plans = {}
-    for name in meissonic.TIMESTEPS:
-        plans[name] = replace(SCHEDULE, steps=steps, timesteps=name).plan(masked, tokens)
+    for name in meissonic.RATE_CONDITIONS:
+        plans[name] = replace(SCHEDULE, steps=steps, rate_condition=name).plan(masked, tokens)
     before = masked
     for i, step in enumerate(plans["step"]):
         level = round(1000 * before / tokens)
@@ -140,19 +142,48 @@ def test_a_config_is_read(tmp_path):
 
 def test_the_bundled_model_is_told_the_masking_rate():
     schedule = meissonic.Schedule.from_pretrained(BUNDLED)
-    assert (schedule.timesteps, schedule.mask_schedule, schedule.cfg_scale) == ("rate", "cosine",
-                                                                               1.5)
+    found = schedule.rate_condition, schedule.mask_schedule, schedule.cfg_scale
+    assert found == ("rate", "cosine", 1.5)
 
 
 @pytest.mark.parametrize("content, word", [
     ({"rate_condition": "speed"}, "speed"), ({"masking_schedule": "spiral"}, "spiral"),
     ({"rate_condition": ["rate"]}, "rate_condition"), ({"defaults": [3]}, "defaults"),
-    ({"masking_schedule": ["cosine"]}, "masking_schedule"),
+    ({"masking_schedule": ["cosine"]}, "mask_schedule"), ({"defaults": {"steps": 0}}, "steps"),
+    ({"defaults": {"steps": True}}, "steps"), ({"defaults": {"steps": 4.5}}, "steps"),
+    ({"defaults": {"cfg": "9"}}, "cfg"), ({"defaults": {"cfg": 1e39}}, "cfg"),
+    ({"defaults": {"cfg": math.nan}}, "cfg"), ({"defaults": {"temperature": 2}}, "temperature"),
+    ({"defaults": {"temperature": [1]}}, "temperature"),
+    ({"defaults": {"temperature": [1, None]}}, "temperature"),
+    ({"defaults": {"temperature": [math.inf, 0]}}, "temperature"),
     ("[]", "scheduler_config.json"), ("{", "scheduler_config.json")], ids=str)
 def test_broken_configs(tmp_path, content, word):
     with pytest.raises(CheckpointError, match="scheduler_config.json") as error:
         meissonic.Schedule.from_pretrained(write_config(tmp_path, content))
     assert word in str(error.value)
+
+
+@pytest.mark.parametrize("changes", [
+    dict(cfg_scale=math.nan), dict(cfg_scale=1e39), dict(cfg_scale=None), dict(steps=0),
+    dict(steps=10 ** 12), dict(temperature=(math.nan, 0.0)), dict(temperature=(1.0,)),
+    dict(temperature=[1.0, 0.0]), dict(rate_condition="speed"), dict(mask_schedule="spiral")],
+    ids=str)
+def test_settings_from_python_are_checked(changes):
+    with pytest.raises(CheckpointError):
+        replace(SCHEDULE, **changes)
+
+
+@pytest.mark.parametrize("key, value", [
+    ("size", "64"), ("size", -16), ("size", [64, 64]), ("score_condition", math.nan),
+    ("score_condition", None), ("remask", -1), ("remask", 1.5), ("best_of", 0),
+    ("best_of", 10 ** 9), ("sparkle\n", 1)], ids=str)
+def test_defaults_of_wrong_type_or_range(tmp_path, key, value):
+    """Those that the pipeline reads from the same file."""
+    folder = shutil.copytree(GOLDEN / "compressed", tmp_path / "model")
+    write_config(folder / "scheduler", {"defaults": {key: value}})
+    with pytest.raises(CheckpointError, match="scheduler_config.json: defaults") as error:
+        Pipeline(folder)
+    assert key.strip() in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_missing_config(tmp_path):

@@ -1,5 +1,6 @@
 """The settings in a PNG, and --like: every flag is stored and read, and the picture comes again."""
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import sample
 from engine import settings
 from engine.checkpoint import UserError
 from engine.images import save_png
+from tools import sweep
 
 pytestmark = pytest.mark.usefixtures("load_once")
 
@@ -22,7 +24,8 @@ VALUES = {
     "model": ["a/b c"], "text-encoder": ["laion"], "lora": ["l o.safetensors"],
     "device": ["cpu"], "dtype": ["int8"],
     "compile": [], "batch": ["2"], "image": ["p 1.png"], "mask": ["-m.png"],
-    "invert-mask": [], "outpaint": ["0,3,0,9"], "feather": ["3"], "strength": ["0.5"], "source": [""],
+    "invert-mask": [], "outpaint": ["0,3,0,9"], "feather": ["3"], "strength": ["0.5"],
+    "source": [""],
 }
 
 
@@ -101,6 +104,105 @@ def test_a_png_without_settings(tmp_path):
     save_png(tmp_path / "p.png", Image.new("RGB", (1, 1)), {"prompt": "x"})
     with pytest.raises(UserError, match="p.png.*no settings"):
         settings.parse_like(sample.make_parser(), ["--like", str(tmp_path / "p.png")])
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures of others
+
+
+def gift(tmp_path, **texts):
+    """A PNG with these texts and what read_settings looks for -> its path."""
+    path = tmp_path / "gift.png"
+    texts = {name.replace("_", "-"): text for name, text in texts.items()}
+    save_png(path, Image.new("RGB", (1, 1)), {"software": "s", "place": "0"} | texts)
+    return path
+
+
+@pytest.mark.parametrize("name, text", (
+    ("temperature", "4 0 --prompt-file X --out Y"), ("temperature", "4 --out"), ("cfg", "--out=Y"),
+    ("seed", "1 --out Y"), ("steps", "--n=9"), ("size", "64 --out"), ("compile", "--out"),
+    ("outpaint", "--help"), ("device", "--help"), ("schedule", "--help"), ("dtype", "-h")))
+def test_a_picture_cannot_give_flags(tmp_path, name, text):
+    """A text that is no value of its own key is refused; a switch has no other value."""
+    path = gift(tmp_path, **{name: text})
+    parser = sample.make_parser()
+    try:
+        args = settings.parse_like(parser, ["--like", str(path)])
+    except UserError as e:
+        assert str(e).startswith(f"--like {path}: {name}: ")
+        return
+    assert name == "device" and args.device == text
+    assert (args.out, args.n, args.prompt_file) == (Path("out"), 1, None)
+
+
+def test_a_picture_gives_neither_places_nor_numbers_of_pictures(tmp_path):
+    """Texts are texts, however they begin."""
+    texts = {"prompt": "--out=Y", "negative": "-n 5", "source": "--prompt-file X", "out": "Y",
+             "n": "9", "prompt-file": "X", "like": "b.png", "help": "True"}
+    args = settings.parse_like(sample.make_parser(), ["--like", str(gift(tmp_path, **texts))])
+    assert (args.prompt, args.negative, args.source) == (["--out=Y"], "-n 5", "--prompt-file X")
+    assert (args.out, args.n, args.prompt_file) == (Path("out"), 1, None)
+
+
+@pytest.mark.parametrize("name, text", (
+    ("batch", "1000000000"), ("batch", "0"), ("size", "999999x999999"), ("size", "9" * 5000),
+    ("best-of", "99999"), ("remask", "99999"), ("steps", "99999"), ("cfg", "1e39"), ("cfg", "nan"),
+    ("temperature", "1"), ("temperature", "1 2 3"), ("temperature", "nan 0"), ("seed", "²"),
+    ("batch", "²"), ("strength", "-1"), ("feather", "9999"), ("schedule", "sine"),
+    ("dtype", "int4"), ("image", "a\ud800b\0.png"), ("model", "\0"), ("steps", "")))
+def test_settings_of_a_picture_have_bounds(tmp_path, name, text):
+    path = gift(tmp_path, **{name: text})
+    with pytest.raises(UserError, match=f"gift.png: {name}: ") as caught:
+        settings.parse_like(sample.make_parser(), ["--like", str(path)])
+    assert len(str(caught.value)) < 400
+
+
+def test_a_picture_with_many_texts_gives_one_short_note(tmp_path, capsys):
+    args = settings.parse_like(sample.make_parser(), ["--like", str(gift(
+        tmp_path, **{f"key{i}": "x" * 1000 for i in range(2000)}, weights="w" * 10 ** 5))])
+    settings.check_like(args, {"software": "s", "weights": "v"})
+    err = capsys.readouterr().err
+    assert err.count("\n") == 2 and len(err) < 1500
+
+
+@pytest.mark.parametrize("place", ("²", "-1", "", "1.5", "9" * 5000, "٣"))
+def test_places_that_are_no_numbers(tmp_path, place):
+    with pytest.raises(UserError, match="no settings"):
+        settings.parse_like(sample.make_parser(), ["--like", str(gift(tmp_path, place=place))])
+
+
+def test_axes_of_a_foreign_sheet(tmp_path):
+    parser = sample.make_parser()
+    parser.add_argument("--axes", type=sweep.axes)
+    for text in ("steps=1 --out=Y", "cfg=" + ",".join("1" * 1001), "out=Y", "best-of=9999999"):
+        with pytest.raises(UserError, match="axes: "):
+            settings.parse_like(parser, ["--like", str(gift(tmp_path, axes=text))])
+
+
+# --------------------------------------------------------------------------------------------------
+# What picture viewers show
+
+
+def test_parameters_for_viewers(cli):
+    """The form that other programs write: prompt, negative prompt, settings."""
+    assert cli("--prompt", "a star,\nred", *SMALL_RUN, "--negative", "a: heart", "--cfg", 4.5,
+               "--seed", 7, "--out", "a.png")[0] == 0
+    assert open_picture("a.png").text["parameters"] == (
+        "a star,\nred\nNegative prompt: a: heart\n"
+        "Steps: 2, CFG scale: 4.5, Seed: 7, Size: 64x64, Model: compressed")
+    Image.fromarray(noise(0, 70, 50)).save("p.png")
+    edit = ("--image", "p.png", "--strength", 0.5, "--prompt", "")
+    assert cli(*edit, *RUN, "--out", "b.png")[0] == 0
+    lines = open_picture("b.png").text["parameters"].split("\n")
+    assert len(lines) == 2 and lines[0] == "" and "Size: 70x50" in lines[1]
+
+
+@pytest.mark.parametrize("model, name", (
+    ("shapes", "shapes"), ("a/b/", "b"), ("x, Seed: 1", "x Seed 1"), ("a/\nSteps: 9", "Steps 9")))
+def test_a_models_name_cannot_be_taken_for_settings(model, name):
+    args = SimpleNamespace(negative="", steps=2, cfg=9.0, model=model)
+    text = settings.parameters_text(args, "p", 0, (64, 64))
+    assert text == f"p\nSteps: 2, CFG scale: 9, Seed: 0, Size: 64x64, Model: {name}"
 
 
 # --------------------------------------------------------------------------------------------------

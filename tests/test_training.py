@@ -25,7 +25,7 @@ import vq
 from engine import log, recipe
 from engine.data import DEFAULT_SCORE, TokenDataset
 from engine.distributed import Run
-from engine.model_folder import timestep_convention
+from engine.model_folder import rate_condition_of
 from engine.options import chosen_stages, parse_arguments
 from engine.pipeline import Pipeline
 from engine.task import decay_groups
@@ -55,7 +55,7 @@ def test_masking_rates_follow_the_arccos_law(seed):
     that is cut off at the steep end."""
     rng = np.random.default_rng(seed)
     batch, tokens = 5000, 256
-    counts = [train.sample_mask(rng, 250, tokens).sum(1) for _ in range(batch // 250)]
+    counts = [train.draw_mask(rng, 250, tokens).sum(1) for _ in range(batch // 250)]
     rates = np.concatenate(counts) / tokens + (rng.random(batch) - 0.5) / tokens
     rates = np.sort(rates.clip(0, 1))
     wanted = 2 / np.pi * np.arcsin(rates)
@@ -69,14 +69,14 @@ def test_masking_rates_follow_the_arccos_law(seed):
 @given(SEED, st.integers(1, 40), st.integers(1, 200))
 def test_the_number_of_masked_tokens_rounds_the_rate(seed, batch, tokens):
     rates = np.cos(np.pi / 2 * np.random.default_rng(seed).random(batch))
-    mask = train.sample_mask(np.random.default_rng(seed), batch, tokens)
+    mask = train.draw_mask(np.random.default_rng(seed), batch, tokens)
     assert mask.shape == (batch, tokens) and mask.dtype == bool
     assert (mask.sum(1) >= 1).all()
     assert (np.abs(mask.sum(1) - np.maximum(rates * tokens, 1)) <= 0.5).all()
 
 
 def test_every_position_is_masked_equally_often():
-    mask = train.sample_mask(np.random.default_rng(0), 20_000, 16)
+    mask = train.draw_mask(np.random.default_rng(0), 20_000, 16)
     assert np.abs(mask.mean(0) - mask.mean()).max() < 5 * math.sqrt(0.25 / 20_000)
 
 
@@ -107,7 +107,7 @@ def tiny_batch(batch=4):
     ids = torch.randint(40, (batch, 4, 4), generator=g)
     micro_conds = torch.tensor([[SIZE, SIZE, 0.0, 0.0, 6.0]]).expand(batch, 5)
     return masked_batch(ids, text_ids, micro_conds,
-                        train.sample_mask(np.random.default_rng(0), batch, 16))
+                        train.draw_mask(np.random.default_rng(0), batch, 16))
 
 
 def test_the_loss_is_the_cross_entropy_of_the_masked_tokens():
@@ -176,7 +176,7 @@ def test_a_low_score_asks_for_a_degraded_picture(steps=500, number=1500, batch=3
     text_ids = torch.zeros(batch, 6, dtype=torch.int64)
     optimizer = torch.optim.AdamW(decay_groups(model))
     for step in range(steps):
-        pick, mask = rng.integers(number, size=batch), train.sample_mask(rng, batch, 64)
+        pick, mask = rng.integers(number, size=batch), train.draw_mask(rng, batch, 64)
         loss = model(masked_batch(ids[pick], text_ids, micro[pick], mask)) / mask.sum()
         optimizer.zero_grad()
         loss.backward()
@@ -207,7 +207,7 @@ def test_blocks_start_as_the_identity(monkeypatch):
     shrink(monkeypatch)
     model = train.new_model(train.MODELS["shapes"], {clip.END: 19}, True)
     train.initialize_weights(model)
-    norms = [m for m in model.modules() if isinstance(m, meissonic.AdaNorm)]
+    norms = [m for m in model.modules() if isinstance(m, meissonic.Modulation)]
     assert len(norms) == 3 and not any(p.any() for m in norms for p in m.parameters())
 
 
@@ -341,11 +341,11 @@ def test_weight_decay_spares_biases_norms_and_embeddings():
     ("rate", "rate"), ("rate1000", "rate1000"), ("step", "rate1000"), (None, "rate1000")))
 def test_the_rate_is_told_as_the_model_knows_it(tmp_path, told, convention):
     """Public models do not say, or say how they are sampled: they were trained with 1000 rates."""
-    assert timestep_convention(tmp_path) == "rate"                # a fresh model
+    assert rate_condition_of(tmp_path) == "rate"                # a fresh model
     (tmp_path / "scheduler").mkdir()
     path = tmp_path / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps({"rate_condition": told} if told else {}))
-    assert timestep_convention(tmp_path) == convention
+    assert rate_condition_of(tmp_path) == convention
 
 
 # -----------------------------------------------------------------------------

@@ -29,7 +29,7 @@ import meissonic
 import train
 from engine import log, options
 from engine.checkpoint import UserError
-from engine.cli import script
+from engine.cli import say, script
 from engine.model_folder import copy_init
 from engine.recipe import encode_stage
 from kernels.attention import library_attention
@@ -141,9 +141,9 @@ def main(argv=None):
     encode_stage(run, recipe, args.stage)
     log.LINE_EVERY = 10
     results = {part: train_without(run, recipe, args.stage, part) for part in parts}
-    print("without          loss")
+    say("without          loss")
     for part, loss in results.items():
-        print(f"{part:12} {loss:8.4f}")
+        say(f"{part:12} {loss:8.4f}")
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def random_batch(model, batch, side, size, device):
     ids = rng.integers(model.transformer.config.codebook_size, size=(batch, side, side))
     text_ids = rng.integers(config.vocab_size, size=(batch, config.max_position_embeddings))
     micro = np.tile(np.array([size, size, 0, 0, 6], np.float32), (batch, 1))
-    mask = train.sample_mask(rng, batch, side * side)                            # (batch, N)
+    mask = train.draw_mask(rng, batch, side * side)                            # (batch, N)
     timestep = mask.mean(1).astype(np.float32)
     arrays = ids, text_ids, micro, mask.ravel().nonzero()[0], timestep
     return train.MaskedBatch(*[torch.as_tensor(array).to(device) for array in arrays])

@@ -9,15 +9,13 @@ NAME-film.gif. A frame shows what the model takes every token for, below that th
 masked tokens grey, and a bar for the time.
 Letters: B pictures, h w tokens, N tokens of a picture, M masked ones.
 """
-import argparse
-
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
 import sample
 from engine.checkpoint import UserError, atomic_write
-from engine.cli import positive, script
+from engine.cli import say, script, whole
 from engine.images import save_png, side_by_side
 from engine.jobs import prepare
 from engine.settings import parse_like
@@ -27,17 +25,10 @@ FRAME_MS = 300
 LAST_FRAME_MS = 2000
 
 
-def number_of_frames(text):
-    """The type of --frames."""
-    if positive(text) < 2:
-        raise argparse.ArgumentTypeError("a film has at least 2 frames")
-    return int(text)
-
-
 @script("tools.film", out_of_memory=sample.OUT_OF_MEMORY)
 def main(argv=None):
     parser = sample.make_parser("tools.film", __doc__)
-    parser.add_argument("--frames", type=number_of_frames, default=8, metavar="N",
+    parser.add_argument("--frames", type=whole(2, 10_000), default=8, metavar="N",
                         help="moments shown, evenly over the steps (default: 8)")
     parser.add_argument("--grid", action="store_true", help="draw lines between the tokens")
     run = prepare(parser, parse_like(parser, argv))
@@ -49,11 +40,11 @@ def main(argv=None):
     for batch in run.batches():
         ids, moments = record(run, batch)
         png_texts = run.png_texts(batch)
-        sample.save_pictures(run, batch, ids, png_texts)
-        for place, job in enumerate(batch):
-            if job.path:
+        paths = sample.save_pictures(run, batch, ids, png_texts)
+        for place, path in enumerate(paths):
+            if path:
                 of_picture = [(ids[place], masked[place]) for ids, masked in moments]
-                write_film(job.path, film(run, of_picture), png_texts[place])
+                write_film(path, film(run, of_picture), png_texts[place])
 
 
 def record(run, batch):
@@ -131,12 +122,12 @@ def write_film(path, frames, text):
     """Write the strip and the animation beside the picture at `path`."""
     strip = path.with_name(f"{path.stem}-film.png")
     save_png(strip, side_by_side(frames), text)
-    print(f"wrote {strip}")
+    say(f"wrote {strip}")
     animation = path.with_name(f"{path.stem}-film.gif")
     durations = [FRAME_MS] * (len(frames) - 1) + [LAST_FRAME_MS]
     atomic_write(animation, lambda temporary: frames[0].save(
         temporary, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0))
-    print(f"wrote {animation}")
+    say(f"wrote {animation}")
 
 
 if __name__ == "__main__":

@@ -5,23 +5,21 @@
 
 Of the flags of sample.py those matter that choose the model and the output.
 """
-from pathlib import Path
-
 import numpy as np
 from PIL import Image
 
 import sample
 from engine.checkpoint import UserError
-from engine.cli import script
+from engine.cli import path, say, script
 from engine.images import PictureError, flatten_alpha, read_image, save_png, side_by_side
-from engine.jobs import load_pipeline, plan_jobs
+from engine.jobs import free_path, load_pipeline, plan_jobs
 from engine.settings import SOFTWARE, parse_like, settings_of
 
 
 @script("tools.reconstruct", out_of_memory="use a smaller picture or --dtype bfloat16")
 def main(argv=None):
     parser = sample.make_parser("tools.reconstruct", __doc__)
-    parser.add_argument("picture", type=Path, help="the picture, of any size and format")
+    parser.add_argument("picture", type=path, help="the picture, of any size and format")
     args = parse_like(parser, argv)
     try:
         picture = flatten_alpha(read_image(args.picture)[0])
@@ -32,9 +30,10 @@ def main(argv=None):
     job, = plan_jobs(args.out, [name], [args.seed])
     again = reconstruct(pipe, picture)
     text = settings_of(parser, args) | {"picture": str(args.picture), "software": SOFTWARE}
-    save_png(job.path, side_by_side([picture, again]), text)
-    print(f"wrote {job.path}")
-    print(f"PSNR {psnr(picture, again):.2f} dB")
+    out = job.path if job.path == args.out else free_path(job.path)
+    save_png(out, side_by_side([picture, again]), text)
+    say(f"wrote {out}")
+    say(f"PSNR {psnr(picture, again):.2f} dB")
 
 
 def reconstruct(pipe, picture):

@@ -9,7 +9,7 @@ prints for each kind of edit the share of pictures that show the new caption, an
 pixels that keep their colour: of mask-free edits, and of as many tokens chosen at random.
 """
 import sample
-from engine.cli import positive, script
+from engine.cli import number_of_pictures, say, script
 from engine.jobs import load_pipeline, schedule_of
 from shapes.score import score_edits, score_tasks
 
@@ -18,7 +18,7 @@ from shapes.score import score_edits, score_tasks
 def main(argv=None):
     parser = sample.make_parser("tools.score", __doc__)
     parser.set_defaults(n=100)
-    parser.add_argument("--edits", type=positive, nargs="?", const=20, metavar="N",
+    parser.add_argument("--edits", type=number_of_pictures, nargs="?", const=20, metavar="N",
                         help="score N edits of each kind, in place of captions (default N: 20)")
     args = parser.parse_args(argv)
     pipe = load_pipeline(args)
@@ -34,16 +34,16 @@ def main(argv=None):
         print_edits(score_edits(pipe, args.edits, args.strength, **settings))
     else:
         for task, right in score_tasks(pipe, args.n, **settings).items():
-            print(f"{task:12} {right:.2f}")
+            say(f"{task:12} {right:.2f}")
 
 
 def print_edits(table):
     """{kind: ((shows, kept) mask-free, (shows, kept) at random)}."""
-    print(f"{'':12} mask-free     at random")
-    print(f"{'':12} shows   kept  shows   kept")
+    say(f"{'':12} mask-free     at random")
+    say(f"{'':12} shows   kept  shows   kept")
     for kind, ways in table.items():
         numbers = [f"{shows:5.2f}  {kept:5.2f}" for shows, kept in ways]
-        print(f"{kind:12} " + "  ".join(numbers))
+        say(f"{kind:12} " + "  ".join(numbers))
 
 
 if __name__ == "__main__":

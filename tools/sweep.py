@@ -10,6 +10,7 @@ Each cell is the picture that sample.py makes with these settings.
 """
 import argparse
 import copy
+import math
 import sys
 from dataclasses import replace
 
@@ -17,13 +18,16 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import sample
-from engine.cli import finite, natural, positive, script, seed, share
+from engine.cli import (finite, number_of_candidates, number_of_passes, number_of_steps, say,
+                        script, seed, share)
 from engine.images import flatten_alpha, save_png
 from engine.jobs import prepare
 from engine.settings import parse_like
 
-AXES = {"steps": positive, "cfg": finite, "temperature": finite, "remask": natural,
-        "best-of": positive, "seed": seed, "score-condition": finite, "strength": share}
+AXES = {"steps": number_of_steps, "cfg": finite, "temperature": finite,
+        "remask": number_of_passes, "best-of": number_of_candidates, "seed": seed,
+        "score-condition": finite, "strength": share}
+MAX_CELLS = 1000
 GAP = 4                                                       # pixels between cells
 LABEL = 12                                                    # height of the letters
 TOP = 20                                                      # height of the row of labels
@@ -34,6 +38,8 @@ def axes(text):
     names = [part.partition("=")[0] for part in text.split()]
     if not 1 <= len(names) <= 2 or len(set(names)) < len(names):
         raise argparse.ArgumentTypeError("takes one or two different settings")
+    if math.prod(len(labels) for _, labels in parse_axes(text)) > MAX_CELLS:
+        raise argparse.ArgumentTypeError(f"a sheet has at most {MAX_CELLS} pictures")
     for name, labels in parse_axes(text):
         try:
             for label in labels:
@@ -63,15 +69,13 @@ def main(argv=None):
     names = [name for name, _ in swept]
     if "strength" in names and args.strength is None:
         args.strength = share(dict(swept)["strength"][0])                  # checked with --image
-    run = prepare(parser, args)
+    run = prepare(parser, args, suffix="-sweep")
     run.pipe.one_at_a_time = True
     for job in run.jobs:
         sheet, text = draw_sheet(run, job, swept)
-        path = job.path
-        if path != args.out:
-            path = path.with_name(f"{path.stem}-sweep.png")
+        path = run.place(job)
         save_png(path, sheet, text)
-        print(f"wrote {path}")
+        say(f"wrote {path}")
 
 
 def leading_as_flag(argv):
