@@ -33,8 +33,8 @@ TOKENIZER_FILES = ("vocab.json", "merges.txt", "special_tokens_map.json", "token
 
 
 class Tokenizer:
-    """Byte-level BPE with </w> word ends: START, the text, END, padded to `length`. In a text the
-    special tokens are found in upper case, too, but for those in `exact`."""
+    """Byte-level BPE with </w> word ends: START, the text, END, padded to `length`. Special
+    tokens in a text are recognised in any case, except those in `exact`."""
 
     def __init__(self, bpe, length, pad=END, exact=()):
         self.bpe = bpe                            # a Tokenizer of the `tokenizers` library
@@ -108,7 +108,7 @@ class Tokenizer:
 
 
 def exact_tokens(config):
-    """The special tokens of a tokenizer_config.json that are not found in upper case."""
+    """The special tokens of a tokenizer_config.json that are recognised in their own case only."""
     added = config.get("added_tokens_decoder")
     entries = added.values() if isinstance(added, dict) else []
     return [entry.get("content") for entry in entries
@@ -279,7 +279,12 @@ class Layer(nn.Module):
 
 
 class TextEncoder(Pretrained):
-    """Token and position embeddings, layers, final norm, projection, under published names."""
+    """Token and position embeddings, layers, final norm, projection, under published names.
+
+    Another text encoder stands in for it with from_pretrained, forward(text_ids) -> hidden, pooled,
+    and a config with hidden_size (D), projection_dim (P), vocab_size and max_position_embeddings,
+    which engine/pipeline.py:check_parts reads. Its place is engine/hub.py:PARTS and
+    engine/pipeline.py:Pipeline.text_encoder."""
     CONFIG = Config
     STEM = "model"
     FP16_VARIANT = False                          # the published one is faulty

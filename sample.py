@@ -71,7 +71,7 @@ def make_parser(prog="sample.py", description=__doc__):
     add = p.add_argument_group("model and device").add_argument
     add("--model", type=home, default="auto",
         help="shapes, meissonic, monetico, a hub id or a folder (default: auto: meissonic where "
-             "there is a CUDA GPU and the weights can be had, else shapes)")
+             "there is a CUDA GPU and the weights can be downloaded, else shapes)")
     add("--text-encoder", type=home, metavar="NAME",
         help="own (the model's), laion (the original CLIP tower), a folder or a hub id; the "
              "tokenizer stays the model's (default: laion for meissonic, as in the official "
@@ -94,7 +94,7 @@ def make_parser(prog="sample.py", description=__doc__):
         "works (default: the nearest that it takes).").add_argument
     add("--image", type=path, metavar="P",
         help="the picture to edit; with --prompt alone, the tokens are redrawn whose likelihood "
-             "the prompt changes most")
+             "falls most under the prompt")
     add("--mask", type=path, metavar="M",
         help="a picture of any size, stretched to that of --image: white is redrawn")
     add("--invert-mask", action="store_true", help="black in M is redrawn, not white")
@@ -132,7 +132,7 @@ def main(argv=None):
 
 def encode(run, batch):
     """Hidden states of a batch's texts -> Conditionings: of the prompts, of the negative prompt,
-    and a list of those of the prompts without one part each, by which --best-of judges."""
+    and for --best-of of the prompts with one word left out in turn, see engine/rerank.py."""
     size = run.size
     score = run.args.score_condition
     prompts = [job.prompt for job in batch]

@@ -15,7 +15,7 @@ Stages, in this order:
     text        the text encoder on captions alone (shapes only; the paper takes CLIP's)
     vq          pictures -> tokens -> pictures, engine/vq_training.py
     1 2 3 4     masked image modelling: low resolution, twice that, twice again with compression
-                layers, and last a low learning rate with the text encoder trained along
+                layers (paper, shapes), and last a low learning rate that includes the text encoder
 
 A run's folder is a model folder for `sample.py --model`, with checkpoints, log.jsonl, loss.png and
 sheet.png beside. A stage starts from the model in the folder.
@@ -113,13 +113,14 @@ MODELS = {                                        # configs; what they leave out
 
 
 # --------------------------------------------------------------------------------------------------
-# The objective (section 2.2)
+# The objective (section 2.2: masking; section 2.4: loss)
 
 
 def draw_mask(rng, batch, tokens):
     """Which tokens are masked -> (batch, tokens) bool, at least one in each row. The masking rate
-    is r = cos(pi t / 2) with t uniform in [0, 1]. Its density is the arccos law
-    2/pi (1 - r^2)^(-1/2). High rates are the most frequent, as in the first steps of sampling."""
+    is r = cos(pi t / 2) with t uniform in [0, 1]; its density is the arccos law
+    2/pi (1 - r^2)^(-1/2). Sampling masks the same share at t = step / steps, so training meets each
+    rate as often as sampling does. High rates are the most frequent: the cosine is flat at 0."""
     rate = np.cos(np.pi / 2 * rng.random(batch))                                   # (batch,)
     num_masked = np.maximum(np.round(rate * tokens), 1)                            # (batch,)
     rank = rng.random((batch, tokens)).argsort(1).argsort(1)                       # (batch, tokens)
@@ -254,15 +255,17 @@ def transformer_task(run, recipe, stage, model, cond_drop_prob=0.1):
         rng = run.rng(stage, step, attempt)
         index = epoch_indices([run.seed, attempt], step, batch, len(dataset))      # (batch,)
         drop = rng.random(batch) < cond_drop_prob         # (batch,) captions, for guidance
-        mask = draw_mask(rng, batch, tokens)                                     # (batch, N)
+        mask = draw_mask(rng, batch, tokens)                                       # (batch, N)
         for own_index, own_drop, own_mask in run.rank_slice(index, drop, mask):
             ids, text_ids, micro_conds = dataset[own_index]
             text_ids = torch.where(torch.from_numpy(own_drop)[:, None], empty_caption, text_ids)
+            # by the rate: training knows no step
             timestep = [timestep_of(0, 1, int(n), tokens) for n in own_mask.sum(1)]
             masked = own_mask.ravel().nonzero()[0]                                 # (M,)
             arrays = ids, text_ids, micro_conds, masked, np.float32(timestep)
             with run.precision():
                 loss = model(MaskedBatch(*[run.to_device(array) for array in arrays]))
+            # the mean over the masked tokens of the whole batch: processes average their gradients
             yield loss * (run.world_size / int(mask.sum())), {"rate": float(own_mask.mean())}
 
     def param_groups():
@@ -331,7 +334,7 @@ def fit(run, task, ema_decay=0.999, max_norm=1.0):
 
 
 def choose_recipe(run):
-    """What --data names. Nothing else in this file, in engine or in kernels imports shapes."""
+    """What --data names: files, or the drawn world of shapes/."""
     if run.data == "shapes":
         from shapes.recipe import ShapesRecipe
         return ShapesRecipe(run)

@@ -62,7 +62,7 @@ def find_model(name, device, dtype, text_encoder=None):
 
 
 def find_default(device, dtype, text_encoder):
-    """Meissonic on a CUDA GPU if its weights can be had, else the bundled model."""
+    """Meissonic on a CUDA GPU if its weights can be downloaded, else the bundled model."""
     bundled = "shapes, the small bundled model"
     if device.type != "cuda":
         reason = f"it runs on {device}" if torch.cuda.is_available() else "there is no CUDA GPU"

@@ -36,7 +36,7 @@ class Pipeline:
     """Tokenizer, text encoder, transformer and VQ model of a checkpoint folder.
 
     Everything is checked at once, but each model is read when it is first used. With
-    `one_at_a_time` the one that is read releases the others, and encoded prompts are kept.
+    `one_at_a_time` loading one model frees the others, and encoded prompts are kept.
 
     Attributes: text_encoder, transformer, vq; mask_token; f, pixels per token along a side;
     multiple, which sizes must be multiples of; and the checkpoint's defaults schedule, size (width,
@@ -173,7 +173,7 @@ class Pipeline:
         return meissonic.Conditioning(hidden, pooled, micro.expand(len(prompts), 5))
 
     def encode_ablated(self, prompts, size, score):
-        """The prompts without one part each, for best_of -> list of Conditionings."""
+        """The prompts with one word left out in turn, for best_of -> list of Conditionings."""
         return [self.encode(texts, size, score, warn=False)
                 for texts in rerank.ablated_prompts(prompts)]
 
@@ -194,7 +194,7 @@ class Pipeline:
             unknown = meissonic.masked_positions(ids.flatten(1), self.mask_token)
             plan = schedule.plan(unknown.shape[1], ids[0].numel())
             predictor = fast.predictor(self.transformer, cond, uncond, plan)
-            sums = []                             # NaN at a position is in all logits of it
+            sums = []              # if one logit of a position is NaN, all are: one is enough
 
             def predict(*inputs):
                 logits = predictor(*inputs)                                         # (B, M, V)
@@ -219,8 +219,8 @@ class Pipeline:
         if self.dtype == torch.float32:
             raise UserError("the logits are NaN, in float32: the weights of the checkpoint or of "
                             "--lora are at fault")
-        raise UserError(f"the logits are NaN: this device or this model cannot do with {name}; "
-                        "use --dtype float32")
+        raise UserError(f"the logits are NaN: {name} does not work on this device or with this "
+                        "model; use --dtype float32")
 
     @torch.no_grad()
     def decode(self, ids):

@@ -138,7 +138,7 @@ def rerank_score(model, ids, cond, ablated, rate_condition):
 
 
 def ablated_prompt(prompt):
-    """A prompt without each of its words in turn -> list of str; without stretches of words where
+    """A prompt with one word left out in turn -> list of str. Stretches of words are left out where
     it has more than MAX_ABLATIONS."""
     words = prompt.split()
     parts = min(len(words), MAX_ABLATIONS)
