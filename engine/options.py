@@ -69,7 +69,7 @@ def parse_arguments(presets, stages, description, argv=None, name="train.py"):
 def check_arguments(parser, args, stages):
     """Combinations that mean nothing."""
     if args.steps and args.stage in (None, "tokenizer"):
-        parser.error("--steps wants --stage, and one that has steps")
+        parser.error("--steps needs --stage, one of text, vq, 1, 2, 3, 4")
     if args.stage not in (None, "tokenizer", *stages):
         parser.error(f"the preset {args.preset} has no stage {args.stage}")
     if args.lr is not None and args.lr <= 0:
@@ -122,6 +122,8 @@ def open_run(args, presets):
         say(f"run: {run.out} | preset: {run.preset} | device: {run.device} ({why}) | "
             f"processes: {run.world_size} | products: {str(run.dtype)[6:]} | "
             f"kernels: {hub.kernel_path(run.device, run.dtype)} | seed: {run.seed}")
+        if run.resume and not (run.out / "tokenizer").is_dir() and not init:
+            note(f"note: nothing to resume in {run.out}; starting from step 0")
         if run.device.type == "cpu" and run.preset == "shapes" and not args.stage:
             note("note: this preset is for a GPU; --preset cpu is made for two CPU cores")
         new = not (args.stage or run.resume or args.encode)

@@ -225,6 +225,13 @@ class OpenedFile:
     def __init__(self, open_file, path, framework, device="cpu"):
         self.file, self.device = open_file(path, framework=framework, device="cpu"), str(device)
         self.keys, self.get_slice = self.file.keys, self.file.get_slice
+        self.metadata = self.file.metadata
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
 
     def get_tensor(self, name):
         tensor = self.file.get_tensor(name)

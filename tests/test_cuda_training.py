@@ -14,6 +14,7 @@ import train
 pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason="a PyTorch with CUDA")
 MAY_WAIT = ("engine/log.py", "to_host",                     # losses, every READ_EVERY steps
             "engine/distributed.py",                        # full_tensor, for saving
+            "engine/checkpoint.py", 'moments["step"]',      # the checks of loading and saving
             "engine/hub.py",                                # the choice of the device
             "engine/data.py", "cell_of", "torch.unique", "bincount(nearest")
 

@@ -205,7 +205,7 @@ def test_a_low_score_asks_for_a_degraded_picture(steps=500, number=1500, batch=3
 
 def test_blocks_start_as_the_identity(monkeypatch):
     shrink(monkeypatch)
-    model = train.new_model(train.MODELS["shapes"], {clip.END: 19}, True)
+    model = train.new_model(train.MODELS["shapes"], {clip.START: 0, "a": 1, clip.END: 2}, True)
     train.initialize_weights(model)
     norms = [m for m in model.modules() if isinstance(m, meissonic.Modulation)]
     assert len(norms) == 3 and not any(p.any() for m in norms for p in m.parameters())
