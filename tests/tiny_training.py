@@ -149,10 +149,10 @@ train.main(sys.argv[1:])
 KILL = """                                                # in the middle of writing a checkpoint
 write, saves = checkpoint.save_file, []
 def save_and_die(tensors, path, **options):
-    if any(name.startswith("params.") for name in tensors):
-        saves.append(path)
+    is_checkpoint = any(name.startswith("params.") for name in tensors)
+    saves.extend([path] if is_checkpoint else [])
     write(tensors, path, **options)
-    if len(saves) == int(os.environ.get("KILL_AT_SAVE", 0)):
+    if is_checkpoint and len(saves) == int(os.environ.get("KILL_AT_SAVE", 0)):
         os.truncate(path, 1000)
         os.kill(os.getpid(), 9)
 checkpoint.save_file = save_and_die
