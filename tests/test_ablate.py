@@ -67,6 +67,7 @@ def test_changes_of_the_config():
     assert train.MODELS["paper"]["transformer"] == {}
 
 
+@pytest.mark.slow
 def test_a_run_for_each_part(tmp_path, monkeypatch, capsys):
     """On the same pictures each model has another loss. No model is left."""
     shrink(monkeypatch)

@@ -623,6 +623,7 @@ for folder, dtype in zip(sys.argv[1:], (torch.float32, torch.float32, torch.floa
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 def test_loading_makes_no_second_copy(tmp_path):
     """Private memory while loading, relative to the size of the parameters: float16 files read as

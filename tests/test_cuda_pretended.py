@@ -47,7 +47,8 @@ def test_the_device_refuses_what_a_gpu_refuses():
         assert (x[x > 0].cpu() == 1).all() and len(counts.syncs) > 1
 
 
-@pytest.mark.parametrize("settings", [{}, {"remask": 2}, {"best_of": 3, "remask": 1}])
+@pytest.mark.parametrize("settings", [
+    {}, {"remask": 2}, pytest.param({"best_of": 3, "remask": 1}, marks=pytest.mark.slow)])
 def test_a_picture(settings):
     """The tokens of the CPU; one graph for each shape, replayed in every step."""
     cpu = Pipeline(GOLDEN_MODEL)

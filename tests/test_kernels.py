@@ -61,6 +61,7 @@ def test_compiled_for_all_chips():
     assert set(counts) == set(chips) and min(counts.values()) >= 15
 
 
+@pytest.mark.slow
 def test_without_triton():
     """As on macOS and Windows: everything imports, and there is a reason for the plain path."""
     script = "import sys; sys.modules['triton'] = None; import kernels; "

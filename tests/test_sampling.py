@@ -246,6 +246,7 @@ def test_what_watch_sees(model, seed, steps, unknown):
 # Re-masking
 
 
+@pytest.mark.slow
 def test_remasking_mends_what_was_drawn_blindly(pictures=80, side=4):
     """A world whose pictures have one colour. In four steps the tokens of a step do not know of
     each other, and few pictures have one colour. Drawn again beside the others nearly all do, and
