@@ -1,5 +1,6 @@
 """The CLIP text tower: a prompt to the hidden states and the pooled vector that condition the
-transformer (paper section 2.2; Radford et al. 2021).
+transformer (paper section 2.2; Radford et al. 2021). A third of the file is about files that are
+broken or of another kind, and about learning a tokenizer.
 
     tokenizer = Tokenizer.from_pretrained("weights/shapes/tokenizer")
     encoder = TextEncoder.from_pretrained("weights/shapes/text_encoder")

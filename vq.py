@@ -5,7 +5,8 @@
     images = model.decode(ids)             # (B, h, w) -> (B, 3, H, W), not clipped
 
 Read it top to bottom: config, small modules, encoder, quantiser, decoder, the whole model, the
-adversarial losses of VQ-GAN. engine/vq_training.py trains it.
+adversarial losses of VQ-GAN. engine/vq_training.py trains it. The strips, 60 lines, let a 1024 px
+picture decode on a small GPU.
 
 Letters: B batch, H W pixels, h w tokens (h = H / f), V codebook entries, E their size, c channels.
 """

@@ -19,6 +19,7 @@ from engine.settings import SOFTWARE, parse_like, settings_of
 @script("tools.reconstruct", out_of_memory="use a smaller picture or --dtype bfloat16")
 def main(argv=None):
     parser = sample.make_parser("tools.reconstruct", __doc__)
+    parser.set_defaults(text_encoder="own")       # it is not read: no other one is fetched
     parser.add_argument("picture", type=path, help="the picture, of any size and format")
     args = parse_like(parser, argv)
     try:
