@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Regex, Tokenizer as BPETokenizer
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 from torch import nn
 
-from engine.checkpoint import (DEPTH, CheckpointError, JsonConfig, Pretrained, UserError,
+from engine.checkpoint import (DEPTH, CheckpointError, Embedding, JsonConfig, Pretrained, UserError,
                                first_line, read_json, write_folder, write_json)
 
 # -------------------------------------------------------------------------------------------------
@@ -298,8 +298,8 @@ class TextEncoder(Pretrained):
         c = config
         self.text_model = nn.ModuleDict({
             "embeddings": nn.ModuleDict({
-                "token_embedding": nn.Embedding(c.vocab_size, c.hidden_size),
-                "position_embedding": nn.Embedding(c.max_position_embeddings, c.hidden_size)}),
+                "token_embedding": Embedding(c.vocab_size, c.hidden_size),
+                "position_embedding": Embedding(c.max_position_embeddings, c.hidden_size)}),
             "encoder": nn.ModuleDict({
                 "layers": nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))}),
             "final_layer_norm": nn.LayerNorm(c.hidden_size, c.layer_norm_eps)})

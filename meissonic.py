@@ -25,8 +25,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import kernels
-from engine.checkpoint import (DEPTH, CheckpointError, JsonConfig, Pretrained, check_fields,
-                               read_json)
+from engine.checkpoint import (DEPTH, CheckpointError, Embedding, JsonConfig, Pretrained,
+                               check_fields, read_json)
+from kernels.sampling import BELOW_ONE, CONFIDENCE_NOISE, philox
 
 # -------------------------------------------------------------------------------------------------
 # Config and small modules
@@ -291,7 +292,7 @@ class Transformer(Pretrained):
     def __init__(self, config: Config):
         super().__init__(config)
         c, width = config, config.width
-        self.embed = modules(embeddings=nn.Embedding(c.vocab_size, width),
+        self.embed = modules(embeddings=Embedding(c.vocab_size, width),
                              layer_norm=RMSNorm(width), conv=Conv1x1(width, width))
         if c.downsample:
             self.down_block = modules(downsample=Downsample(width))
@@ -326,14 +327,17 @@ class Transformer(Pretrained):
     def embed_text(self, hidden):                                  # (B, L, text width) -> (B, L, C)
         return self.encoder_proj_layer_norm(self.context_embedder(hidden))
 
-    def embed_image(self, ids):
-        """(B, h, w) -> (B, P, C) and the grid that the blocks see.
+    def embed_image(self, ids, perturb=None):
+        """(B, h, w) -> (B, P, C) and the grid that the blocks see. perturb: changes the embedded
+        tokens (B, h, w, C), see sample_one_step.
         Raises ValueError for a grid that the compression does not divide."""
         h, w = ids.shape[1:]
         if h % self.config.compression or w % self.config.compression:
             raise ValueError(f"a grid of {h}x{w} tokens does not divide by the compression, "
                              f"{self.config.compression}")
         x = self.embed.conv(self.embed.layer_norm(self.embed.embeddings(ids)))       # (B, h, w, C)
+        if perturb:
+            x = perturb(x)
         if self.config.downsample:
             x = self.down_block.downsample(x)                                    # (B, h/2, w/2, C)
         x, grid = x.flatten(1, 2), x.shape[1:3]                                         # (B, P, C)
@@ -343,10 +347,10 @@ class Transformer(Pretrained):
         x = self.project_from_hidden(self.project_from_hidden_norm(x)).unflatten(1, grid)
         return self.up_block.upsample(x) if self.config.upsample else x
 
-    def run_blocks(self, ids, text, run_block):
+    def run_blocks(self, ids, text, run_block, perturb=None):
         """ids (B, h, w), text (B, L, C) -> (B, h, w, C). run_block(block, *inputs, rope) runs one
         block and supplies its modulations: computed from temb here, looked up in engine/fast.py."""
-        x, grid = self.embed_image(ids)                                                 # (B, P, C)
+        x, grid = self.embed_image(ids, perturb)                                        # (B, P, C)
         rope = rope_table(*grid, self.config.axes_dims_rope, x.device)
         for block in self.transformer_blocks:
             x, text = run_block(block, x, text, rope)
@@ -355,20 +359,20 @@ class Transformer(Pretrained):
             s = run_block(block, s, text.shape[1], rope)
         return self.unembed_image(s[:, text.shape[1]:], grid)
 
-    def features(self, ids, hidden, pooled, micro_conds, timestep):
+    def features(self, ids, hidden, pooled, micro_conds, timestep, perturb=None):
         """All but the head -> (B, h, w, C). Arguments as in `forward`."""
         temb = self.embed_timestep(timestep, pooled.dtype) + self.embed_prompt(pooled, micro_conds)
         return self.run_blocks(ids, self.embed_text(hidden),
-                               lambda block, a, b, rope: block(a, b, temb, rope))
+                               lambda block, a, b, rope: block(a, b, temb, rope), perturb)
 
     def head_features(self, x):                                          # (..., C) -> (..., C)
         return self.mlm_layer.layer_norm(self.mlm_layer.conv1(x))
 
-    def forward(self, ids, hidden, pooled, micro_conds, timestep):
+    def forward(self, ids, hidden, pooled, micro_conds, timestep, perturb=None):
         """ids (B, h, w) int64, config.mask_token where unknown; hidden (B, L, text width);
         pooled (B, C); micro_conds (B, 5) = width, height, crop top, crop left, score; timestep (B,)
-        or (1,), multiplied by 1000 inside -> logits (B, h, w, V)."""
-        x = self.features(ids, hidden, pooled, micro_conds, timestep)               # (B, h, w, C)
+        or (1,), multiplied by 1000 inside; perturb as in embed_image -> logits (B, h, w, V)."""
+        x = self.features(ids, hidden, pooled, micro_conds, timestep, perturb)      # (B, h, w, C)
         return self.mlm_layer.conv2(self.head_features(x))                          # (B, h, w, V)
 
 
@@ -382,7 +386,9 @@ def cosine_schedule(t):
     return float(torch.tensor(math.pi / 2 * t).cos())
 
 
-MASK_SCHEDULES = {"cosine": cosine_schedule, "linear": lambda t: 1 - t}
+MASK_SCHEDULES = {
+    "cosine": cosine_schedule, "linear": lambda t: 1 - t,
+    "arccos": lambda t: 2 / math.pi * math.acos(t)}         # of the Halton order, engine/orders.py
 
 # The timestep tells the model the masking rate: functions of (step, steps, masked, tokens).
 # NOTE Three are in use. `step`, the number of steps left: how the public weights are sampled.
@@ -517,8 +523,15 @@ def reference_predictor(model, cond, uncond):
     return predict
 
 
+def confidence(step, log_p, noise, masked, grid):
+    """MaskGIT's order: the score of each token that was drawn, those with the lowest are masked
+    again. log_p, noise and the positions `masked` (B, M), grid (h, w) -> (B, M). engine/orders.py
+    has other orders."""
+    return log_p + step.temperature * noise
+
+
 @torch.no_grad()
-def sample(predict, ids, mask_token, seeds, plan, watch=None):
+def sample(predict, ids, mask_token, seeds, plan, watch=None, order=confidence):
     """MaskGIT decoding: fill in the masked ids. Known ids never change.
 
     predict         of reference_predictor or engine.fast.predictor
@@ -527,6 +540,7 @@ def sample(predict, ids, mask_token, seeds, plan, watch=None):
     plan            of Schedule.plan
     watch           called in each step as watch(n, ids, masked (B, M), logits (B, M, V)), with the
                     ids (B, h, w) that were drawn and the positions that were masked before
+    order           decides which of them are masked again, see `confidence`
     -> (B, h, w) int64
     """
     B, h, w = ids.shape
@@ -543,8 +557,95 @@ def sample(predict, ids, mask_token, seeds, plan, watch=None):
         if watch:
             watch(n, ids.view(B, h, w), masked, logits)
         # 3. mask the least confident again
-        confidence = log_p + step.temperature * noise[n].gather(1, masked)
-        lowest = confidence.topk(step.num_masked, largest=False, sorted=False).indices
+        score = order(step, log_p, noise[n].gather(1, masked), masked, (h, w))            # (B, M)
+        lowest = score.topk(step.num_masked, largest=False, sorted=False).indices
         masked = masked.gather(1, lowest)                                     # (B, step.num_masked)
         ids = ids.scatter(1, masked, mask_token)
     return ids.view(B, h, w)
+
+
+# -------------------------------------------------------------------------------------------------
+# One step (Di[M]O, Zhu et al. 2025, arXiv 2503.15457). A generator of the same architecture, which
+# was distilled from the model above, draws the whole picture in one pass. All tokens are drawn
+# independently, so what makes one picture differ from the next as a whole is a random input.
+
+
+@dataclass(frozen=True)
+class OneStep(JsonConfig):
+    """How a one-step generator is sampled. The defaults are those of the published one."""
+    mask_share: float = 0.6                     # of the start
+    noise: float = 0.1                          # sigma of the noise in the embedded tokens
+    temperature: float = 1.0                    # of the draw; the paper's scores are with 1.2
+
+    BOUNDS = dict(mask_share=(0, 1), noise=(0, 1), temperature=(1e-3, 1e3))
+    steps = 1
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        """Read "one_step" of scheduler_config.json -> OneStep, or None for a model of many steps.
+        Raises CheckpointError."""
+        path = Path(folder) / "scheduler_config.json"
+        raw = read_json(path)
+        if "one_step" not in raw:
+            return None
+        if not isinstance(raw["one_step"], dict):
+            raise CheckpointError(f"{path}: one_step is not an object")
+        return cls.from_dict(raw["one_step"], f"{path}: one_step")
+
+
+def one_step_predictor(model, cond):
+    """Reference implementation. One pass without guidance, at timestep 0 -> predict(ids (B, h, w),
+    perturb) -> logits (B, N, V)."""
+    def predict(ids, perturb):
+        timestep = torch.zeros(1, device=ids.device)
+        logits = model(ids, cond.hidden, cond.pooled, cond.micro_conds, timestep, perturb)
+        return logits.flatten(1, 2)                                                    # (B, N, V)
+    return predict
+
+
+def sample_one_step(predict, ids, config, seeds, one_step, watch=None):
+    """Draw whole pictures in one pass. Gradients may flow through the logits.
+
+    predict     of one_step_predictor or engine.fast.one_step_predictor
+    ids         (B, h, w) int64; shape and device count, the tokens do not
+    config      of the transformer
+    seeds       (B,) ints; a picture depends on its own seed and conditioning alone
+    watch       called once, as in `sample`
+    -> (B, h, w) int64
+    """
+    B, h, w = ids.shape
+    seeds = torch.as_tensor(seeds, dtype=torch.int64, device=ids.device)
+    positions = torch.arange(h * w, device=ids.device).expand(B, -1)                      # (B, N)
+    bits = random_bits(seeds, positions, 2 + config.width)                         # (B, N, 2 + C)
+    # 1. the start: every token a random one, then a share of them masked
+    start = bits[..., 0] * config.codebook_size >> 32                                     # (B, N)
+    order = bits[..., 1].argsort(dim=1, stable=True)                                      # (B, N)
+    start.scatter_(1, order[:, :round(one_step.mask_share * h * w)], config.mask_token)
+    # 2. one pass, with noise in the embedded tokens
+    noise = normal_noise(bits[..., 2:]).view(B, h, w, -1)                           # (B, h, w, C)
+    logits = predict(start.view(B, h, w), lambda x: perturb(x, noise, one_step.noise))  # (B, N, V)
+    # 3. draw every token, masked or not
+    scaled = logits.detach().float() / one_step.temperature
+    drawn, _ = kernels.sample_masked(scaled, positions, seeds, 0)                         # (B, N)
+    ids = drawn.view(B, h, w)
+    if watch:
+        watch(0, ids, positions, logits)
+    return ids
+
+
+def perturb(x, noise, sigma):
+    """Embedded tokens with noise of deviation sigma. Where x has variance 1, it keeps it."""
+    return math.sqrt(1 - sigma ** 2) * x + sigma * noise.to(x.dtype)
+
+
+def random_bits(seeds, positions, count):
+    """seeds (B,), positions (B, N) -> (B, N, count) int64 below 2^32. The same on all devices. The
+    stream is that of the confidences, which one step does not have."""
+    index = torch.arange(count, device=seeds.device)
+    return philox(seeds[:, None, None], index, positions[..., None], 0, CONFIDENCE_NOISE)
+
+
+def normal_noise(bits):
+    """32 random bits (int64) -> standard normal noise, float32, always finite."""
+    u = ((bits.float() + 0.5) * 2.0 ** -32).clamp(max=BELOW_ONE)
+    return torch.special.ndtri(u)

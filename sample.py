@@ -2,6 +2,7 @@
 
     python sample.py --prompt "a red circle above a blue square on a white background"
     python sample.py --model meissonic --prompt "a lighthouse in a storm, oil painting"   # 1024 px
+    python sample.py --model dimo --prompt "a lighthouse in a storm"      # the same in one step
     python sample.py --prompt "a star" "a heart" --n 4 --seed 7 --steps 32 --cfg 5 --out pictures
     python sample.py --image P --mask M --prompt "a star"         # redraw where M is white
     python sample.py --image P --outpaint 0,0,64,0                # a canvas 64 pixels wider
@@ -54,9 +55,10 @@ def make_parser(prog="sample.py", description=__doc__):
         help="sampling steps (default: the model's; 48 for meissonic, 32 for shapes)")
     add("--cfg", type=finite,
         help="guidance scale, 1 is none (default: the model's; 9 for meissonic, 1.5 for shapes)")
-    add("--temperature", type=finite, nargs=2, metavar=("A", "B"),
-        help="of the noise on the confidences, at the first and the last step "
-             "(default: the model's; 2 0 for meissonic, 4 0 for shapes)")
+    add("--temperature", type=finite, nargs="+", metavar=("A", "B"),
+        help="of the noise on the confidences, at the first and the last step; one number, that of "
+             "the draw, for a one-step generator (default: the model's; 2 0 for meissonic, 4 0 for "
+             "shapes, 1 for dimo)")
     add("--schedule", choices=tuple(MASK_SCHEDULES),
         help="how the number of masked tokens falls over the steps (default: the model's, cosine)")
     add("--remask", type=number_of_passes, metavar="N",
@@ -70,8 +72,9 @@ def make_parser(prog="sample.py", description=__doc__):
 
     add = p.add_argument_group("model and device").add_argument
     add("--model", type=home, default="auto",
-        help="shapes, meissonic, monetico, a hub id or a folder (default: auto: meissonic where "
-             "there is a CUDA GPU and the weights can be downloaded, else shapes)")
+        help="shapes, meissonic, monetico, dimo (Meissonic in one step), a hub id or a folder "
+             "(default: auto: meissonic where there is a CUDA GPU and the weights can be "
+             "downloaded, else shapes)")
     add("--text-encoder", type=home, metavar="NAME",
         help="own (the model's), laion (the original CLIP tower), a folder or a hub id; the "
              "tokenizer stays the model's (default: laion for meissonic, as in the official "
@@ -137,7 +140,9 @@ def encode(run, batch):
     score = run.args.score_condition
     prompts = [job.prompt for job in batch]
     cond = run.pipe.encode(prompts, size, score)
-    uncond = run.pipe.encode([run.args.negative] * len(batch), size, score)
+    uncond = None                                             # a one-step generator has no guidance
+    if not run.pipe.one_step:
+        uncond = run.pipe.encode([run.args.negative] * len(batch), size, score)
     ablated = run.pipe.encode_ablated(prompts, size, score) if run.args.best_of > 1 else []
     if run.edit and run.edit.source is not None:
         run.pipe.encode([run.edit.source], size, score)           # cached for starting_ids

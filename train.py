@@ -1,9 +1,9 @@
 """Train Meissonic (Bai et al., ICLR 2025; sections are the paper's): from nothing, or further.
 
-    python train.py --preset cpu --out runs/cpu --compile     # shapes at 64 px, for two CPU cores
-    python train.py --out runs/shapes                         # shapes at up to 128 px, for a GPU
-    python train.py --out runs/shapes --resume                # after any interruption
-    python train.py --out runs/shapes --resume --stage 3      # one stage
+    python train.py                                           # tiny on a CPU, small on a GPU
+    python train.py --preset small --out runs/small           # the bundled model
+    python train.py --preset small --out runs/small --resume  # after any interruption
+    python train.py --preset tiny --resume --stage 3          # one stage
 
     # the public weights, fine-tuned on your own pictures; then the paper's recipe on 8 GPUs
     python train.py --preset paper --init meissonic --data photos --stage 4 --lora 16 --out runs/a
@@ -15,7 +15,9 @@ Stages, in this order:
     text        the text encoder on captions alone (shapes only; the paper takes CLIP's)
     vq          pictures -> tokens -> pictures, engine/vq_training.py
     1 2 3 4     masked image modelling: low resolution, twice that, twice again with compression
-                layers (paper, shapes), and last a low learning rate that includes the text encoder
+                layers (paper), and last a low learning rate that includes the text encoder
+    one-step    a generator that draws in one pass, distilled from the model in the folder or from
+                --init; only with --stage one-step
 
 A run's folder is a model folder for `sample.py --model`, with checkpoints, log.jsonl, loss.png and
 sheet.png beside. A stage starts from the model in the folder.
@@ -37,27 +39,29 @@ import meissonic
 import vq
 from engine import options, resume
 from engine.cli import script
-from engine.data import TokenDataset, epoch_indices
+from engine.data import Prefetch, worker_number
+from engine.distillation import distillation_task
 from engine.distributed import clip_gradients
 from engine.log import Log, print_summary
 from engine.lora import add_lora
 from engine.model_folder import (MADE_BY, check_fit, check_stages, copy_init, is_finished,
                                  load_part, report_sizes, save_model, rate_condition_of)
-from engine.recipe import FileRecipe, encode_stage, evaluate, token_folder
+from engine.recipe import FileRecipe, evaluate
 from engine.task import (Task, accumulate_gradients, decay_groups, is_due, not_finite, recomputed,
                          set_lr)
 from engine.vq_training import vq_task
 
 # --------------------------------------------------------------------------------------------------
 # Presets. Stages 1 to 4: pixels along a side, batch, steps, peak learning rate, the text encoder's
-# share of it (0: frozen), compression layers, number of pictures (of shapes; files have their own).
-# Stage vq: the steps from which latents are quantised and from which the discriminator takes part.
-# More: floor is the share of the peak at which the cosine ends (1: a fixed rate, as in the paper).
-# concepts, letters, augment_prob: shares of the pictures of shapes, see shapes/world.py.
+# share of it (0: frozen), compression layers. Stage vq: the steps from which latents are quantised
+# and from which the discriminator takes part. Stage one-step: the teacher's guidance. More: floor is the share of the peak at which the
+# cosine ends (1: a fixed rate, as in the paper). The rest is for pictures of shapes:
+# shapes/recipe.py.
 
 TEXT = "batch steps lr"
-VQ = "size batch steps lr quantize_from adversary_from pictures"
-STAGE = "size batch steps lr text_lr compress pictures"
+VQ = "size batch steps lr quantize_from adversary_from"
+STAGE = "size batch steps lr text_lr compress"
+ONE_STEP = "size batch steps lr cfg"
 
 
 def row(columns, *values, **more):
@@ -66,48 +70,53 @@ def row(columns, *values, **more):
 
 CLEAN = dict(augment_prob=0.0)                    # no blurred or noisy pictures
 FIXED = dict(floor=1)
-LETTERS = dict(letters=0.4)
-PATCH_CODES = dict(patch_codes=(8, 36))           # colours, outlines: see shapes/codebook.py
+TINY = dict(world="tiny", **CLEAN)                # 8 x 8 tokens, no letters, at most three objects
+PATCH_CODES = dict(patch_codes=(8, 64))           # colours, outlines: see shapes/codebook.py
 PRESETS = {
-    "shapes": {                                   # f = 4: 8 x 8, 16 x 16, then 32 x 32 tokens
-        "text": row(TEXT, 64, 4000, 1e-3),
-        "vq": row(VQ, 64, 32, 6000, 2e-3, 800, 5000, 12_000),
-        "1": row(STAGE, 32, 64, 6000, 1.2e-3, 0.0, False, 200_000, concepts=1.0),
-        "2": row(STAGE, 64, 64, 12_000, 8e-4, 0.0, False, 400_000, concepts=0.4),
-        "3": row(STAGE, 128, 64, 12_000, 6e-4, 0.0, True, 400_000, concepts=0.2),
-        "4": row(STAGE, 128, 64, 3000, 1e-4, 1.0, True, 100_000),
+    "tiny": {                                     # two CPU cores, 15 minutes
+        "text": row(TEXT, 64, 600, 1.5e-3, **TINY),
+        "vq": row(VQ, 64, 8, 2000, 4e-3, 0, 2000, crowds=0.5, **TINY, **PATCH_CODES),
+        "1": row(STAGE, 64, 32, 1000, 1.5e-3, 0.0, True, concepts=1.0, **TINY),
+        "2": row(STAGE, 64, 32, 4000, 1.5e-3, 0.0, True, concepts=0.2, **TINY),
+        "one-step": row(ONE_STEP, 64, 32, 2000, 2e-4, 2.0, **TINY),
     },
-    "cpu": {                                      # compression from the start, a computed codebook
-        "text": row(TEXT, 64, 4000, 1e-3),
-        "vq": row(VQ, 64, 32, 2400, 2e-3, 0, 2400, 6000, concepts=0.2, **CLEAN, **PATCH_CODES),
-        "1": row(STAGE, 32, 64, 2000, 1.2e-3, 0.0, True, 150_000, concepts=1.0, **CLEAN),
-        "2": row(STAGE, 64, 48, 1500, 1e-3, 0.0, True, 60_000, concepts=0.6, **CLEAN),
-        "3": row(STAGE, 64, 48, 4000, 1e-3, 0.0, True, 200_000, concepts=0.15, **LETTERS, **CLEAN),
+    "small": {                                    # the bundled model: minutes on a GPU
+        "text": row(TEXT, 256, 3000, 1e-3),
+        "vq": row(VQ, 256, 32, 2000, 2e-3, 0, 2000, concepts=0.2, **CLEAN, **PATCH_CODES),
+        "1": row(STAGE, 128, 1024, 600, 2e-3, 0.0, True, concepts=1.0, scale=2, cells=8, views=2,
+                 **CLEAN),
+        "2": row(STAGE, 256, 1024, 800, 2e-3, 0.0, True, concepts=0.6, views=2, **CLEAN),
+        "3": row(STAGE, 256, 1024, 2000, 2e-3, 0.0, True, concepts=0.15, letters=0.4, views=2,
+                 **CLEAN),
+        "one-step": row(ONE_STEP, 256, 64, 4000, 1e-4, 1.5, concepts=0.15, **CLEAN),
     },
     "paper": {                                    # f = 16; steps and batches of section 2.5
-        "vq": row(VQ, 256, 256, 200_000, 1e-4, 5000, 100_000, 200_000),
-        "1": row(STAGE, 256, 2048, 100_000, 1e-4, 0.0, False, 2_000_000, concepts=1.0, **FIXED),
-        "2": row(STAGE, 512, 512, 100_000, 1e-4, 0.0, False, 2_000_000, **FIXED),
-        "3": row(STAGE, 1024, 256, 42_000, 1e-4, 0.0, True, 2_000_000, **FIXED),
-        "4": row(STAGE, 1024, 256, 10_000, 1e-5, 1.0, True, 1_000_000, **FIXED),
+        "vq": row(VQ, 256, 256, 200_000, 1e-4, 5000, 100_000),
+        "1": row(STAGE, 256, 2048, 100_000, 1e-4, 0.0, False, concepts=1.0, **FIXED),
+        "2": row(STAGE, 512, 512, 100_000, 1e-4, 0.0, False, **FIXED),
+        "3": row(STAGE, 1024, 256, 42_000, 1e-4, 0.0, True, **FIXED),
+        "4": row(STAGE, 1024, 256, 10_000, 1e-5, 1.0, True, **FIXED),
+        "one-step": row(ONE_STEP, 1024, 64, 20_000, 1e-6, 4.0, **FIXED),
     },
 }
-STAGES = ("tokenizer", "text", "vq", "1", "2", "3", "4")
+STAGES = ("tokenizer", "text", "vq", "1", "2", "3", "4", "one-step")
 
-SMALL_VQ = dict(block_out_channels=(16, 32, 64), layers_per_block=1, latent_channels=8,
-                vq_embed_dim=8, num_vq_embeddings=512, norm_num_groups=8)
-SMALL_TRANSFORMER = dict(num_layers=3, num_single_layers=6, num_attention_heads=6,
-                         attention_head_dim=32, joint_attention_dim=128, pooled_projection_dim=192,
-                         axes_dims_rope=(8, 12, 12), codebook_size=512, vocab_size=513)
+SMALL_VQ = dict(block_out_channels=(16, 32, 32, 32, 64), layers_per_block=1, latent_channels=24,
+                vq_embed_dim=24, num_vq_embeddings=1800, norm_num_groups=8)
 SMALL_TEXT = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=3,
                   num_attention_heads=4, projection_dim=192, max_position_embeddings=32)
+SMALL_TRANSFORMER = dict(num_layers=3, num_single_layers=6, num_attention_heads=6,
+                         attention_head_dim=32, joint_attention_dim=128, pooled_projection_dim=192,
+                         axes_dims_rope=(8, 12, 12), codebook_size=1800, vocab_size=1801)
+TINY_TEXT = SMALL_TEXT | dict(projection_dim=128, max_position_embeddings=24)
+TINY_TRANSFORMER = SMALL_TRANSFORMER | dict(num_layers=2, num_single_layers=4,
+                                            num_attention_heads=4, pooled_projection_dim=128)
 MODELS = {                                        # configs; what they leave out is as published
-    "shapes": dict(vq=SMALL_VQ, transformer=SMALL_TRANSFORMER, text=SMALL_TEXT,
-                   sampling=dict(steps=16, cfg=3.0)),
-    "cpu": dict(vq=SMALL_VQ | dict(latent_channels=24, vq_embed_dim=24, num_vq_embeddings=1016),
-                transformer=SMALL_TRANSFORMER | dict(codebook_size=1016, vocab_size=1017),
-                text=SMALL_TEXT,
-                sampling=dict(steps=32, cfg=1.5, temperature=(4.0, 0.0), remask=4, best_of=8)),
+    "tiny": dict(vq=SMALL_VQ | dict(block_out_channels=(16, 16, 32, 64)),
+                 transformer=TINY_TRANSFORMER, text=TINY_TEXT,
+                 sampling=dict(steps=16, cfg=2.0, temperature=(4.0, 0.0), remask=2)),
+    "small": dict(vq=SMALL_VQ, transformer=SMALL_TRANSFORMER, text=SMALL_TEXT,
+                  sampling=dict(steps=32, cfg=1.5, temperature=(4.0, 0.0), remask=4)),
     "paper": dict(vq={}, transformer={}, text={}, sampling=dict(steps=48, cfg=9.0)),
 }
 
@@ -187,17 +196,9 @@ def initialize_weights(model):
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.3)                   # large against a step of Adam
-        elif isinstance(module, meissonic.MLP):
-            for linear in (module.linear_1, module.linear_2):         # keeps the caption's variance
-                nn.init.normal_(linear.weight, std=1.5 / linear.in_features ** 0.5)
         elif isinstance(module, meissonic.Modulation):
             nn.init.zeros_(module.linear.weight)
             nn.init.zeros_(module.linear.bias)
-    # The micro conditions are 1280 of the inputs and nearly constant. The pooled text is C of them.
-    width = model.transformer.config.width
-    weight = model.transformer.cond_embed.linear_1.weight.data                     # (C, C + 1280)
-    weight[:, width:] *= 0.1
-    weight[:, :width] *= 2.5
 
 
 @torch.no_grad()
@@ -242,20 +243,19 @@ def build_model(run, recipe, configs, text_lr=0.0, compress=False):
     return model.to(run.device)
 
 
-def transformer_task(run, recipe, stage, model, cond_drop_prob=0.1):
-    """The Task that trains a MaskedImageModel on the pictures of a stage, which are encoded."""
-    settings = run.stages[stage]
-    steps, batch = settings["steps"], settings["batch"]
+def masked_batches(run, dataset, stage, cond_drop_prob=0.1):
+    """-> make(step, attempt) -> list of a MaskedBatch for each accumulation, CPU tensors."""
+    batch = run.stages[stage]["batch"]
     timestep_of = meissonic.RATE_CONDITIONS[rate_condition_of(run.out)]
     empty_caption = clip.Tokenizer.from_pretrained(run.out / "tokenizer")([""])    # (1, L)
-    dataset = TokenDataset(token_folder(run, stage))
     tokens = math.prod(dataset.grid)                                               # N
 
-    def micro_batches(model, step, attempt):
+    def make(step, attempt):
         rng = run.rng(stage, step, attempt)
-        index = epoch_indices([run.seed, attempt], step, batch, len(dataset))      # (batch,)
+        index = dataset.indices([run.seed, attempt], step, batch)                  # (batch,)
         drop = rng.random(batch) < cond_drop_prob         # (batch,) captions, for guidance
         mask = draw_mask(rng, batch, tokens)                                       # (batch, N)
+        batches = []
         for own_index, own_drop, own_mask in run.rank_slice(index, drop, mask):
             ids, text_ids, micro_conds = dataset[own_index]
             text_ids = torch.where(torch.from_numpy(own_drop)[:, None], empty_caption, text_ids)
@@ -263,10 +263,45 @@ def transformer_task(run, recipe, stage, model, cond_drop_prob=0.1):
             timestep = [timestep_of(0, 1, int(n), tokens) for n in own_mask.sum(1)]
             masked = own_mask.ravel().nonzero()[0]                                 # (M,)
             arrays = ids, text_ids, micro_conds, masked, np.float32(timestep)
+            tensors = [torch.as_tensor(array) for array in arrays]
+            batches.append((MaskedBatch(*tensors), int(mask.sum())))
+        return batches
+
+    return make
+
+
+CAPTIONS_EVERY = 100                              # steps between caption_losses
+
+
+@torch.no_grad()
+def caption_losses(model, batch, timestep):
+    """Whether the model hears the caption: its loss for pictures of which all is masked, with their
+    own captions and with each other's. The first sign that it does, long before pictures."""
+    number = batch.ids.numel()
+    everything = torch.arange(number, device=batch.ids.device)                     # (B N,)
+    right = batch._replace(masked=everything, timestep=torch.full_like(batch.timestep, timestep))
+    wrong = right._replace(text_ids=batch.text_ids.roll(1, 0))
+    return {"right_caption": model(right) / number, "wrong_caption": model(wrong) / number}
+
+
+def transformer_task(run, recipe, stage, model):
+    """The Task that trains a MaskedImageModel on the pictures of a stage."""
+    settings = run.stages[stage]
+    steps, batch = settings["steps"], settings["batch"]
+    dataset = recipe.dataset(stage)
+    all_masked = meissonic.RATE_CONDITIONS[rate_condition_of(run.out)](0, 1, 1, 1)
+    batches = Prefetch(masked_batches(run, dataset, stage), steps, worker_number(run.device))
+
+    def micro_batches(model, step, attempt):
+        for masked_batch, masked in batches(step, attempt):
+            values = {"rate": len(masked_batch.masked) / masked_batch.ids.numel()}
+            masked_batch = MaskedBatch(*[run.to_device(tensor) for tensor in masked_batch])
             with run.precision():
-                loss = model(MaskedBatch(*[run.to_device(array) for array in arrays]))
+                loss = model(masked_batch)
+                if (step + 1) % CAPTIONS_EVERY == 0:
+                    values |= caption_losses(model, masked_batch, all_masked)
             # the mean over the masked tokens of the whole batch: processes average their gradients
-            yield loss * (run.world_size / int(mask.sum())), {"rate": float(own_mask.mean())}
+            yield loss * (run.world_size / masked), values
 
     def param_groups():
         text_groups = decay_groups(model.text_encoder, scale=settings["text_lr"])
@@ -277,7 +312,13 @@ def transformer_task(run, recipe, stage, model, cond_drop_prob=0.1):
         save_model(run, recipe, model, state, sampling)
 
     return Task(stage, model, param_groups, micro_batches, steps, batch, settings["lr"], save,
-                settings.get("floor", 0.02), partial(evaluate, run, recipe, stage))
+                settings.get("floor", 0.02),
+                evaluation(run, recipe, stage))
+
+
+def evaluation(run, recipe, stage):
+    """The `evaluate` of a Task, None with --no-eval."""
+    return partial(evaluate, run, recipe, stage) if run.eval_every else None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -323,7 +364,7 @@ def fit(run, task, ema_decay=0.999, max_norm=1.0):
             if saving:
                 resume.write_checkpoint(run, task, state)
             if evaluating:
-                run.on_main(task.evaluate, state.step)
+                log.scores = run.on_main(task.evaluate, state.step)
             if stopping:
                 raise KeyboardInterrupt
     log.close()
@@ -351,10 +392,15 @@ def run_stage(run, recipe, stage):
         task = vq_task(run, vq.Config(**configs["vq"]), recipe.source(stage), recipe.set_codes())
     elif stage == "text":
         task = recipe.text_task(build_model(run, recipe, configs, text_lr=1.0).text_encoder)
+    elif stage == "one-step":
+        model = build_model(run, recipe, configs)
+        check_fit(run, model)
+        batches = masked_batches(run, recipe.dataset(stage), stage, cond_drop_prob=0.0)
+        batches = Prefetch(batches, settings["steps"], worker_number(run.device))
+        task = distillation_task(run, model.text_encoder, batches, evaluation(run, recipe, stage))
     else:
         model = build_model(run, recipe, configs, settings["text_lr"], settings["compress"])
         check_fit(run, model)
-        encode_stage(run, recipe, stage)
         task = transformer_task(run, recipe, stage, model)
     fit(run, task)
 
@@ -367,14 +413,15 @@ def main(argv=None):
         recipe = choose_recipe(run)
         copy_init(run)
         report_sizes(run, MODELS[run.preset])
-        stages = [args.stage] if args.stage else ["tokenizer", *run.stages]
+        in_turn = [stage for stage in STAGES[:-1] if stage == "tokenizer" or stage in run.stages]
+        stages = [args.stage] if args.stage else in_turn
         if not args.encode:
             check_stages(run, stages)
         for stage in stages:
             if is_finished(run, stage, args.encode):
                 continue
             if args.encode and stage not in MADE_BY:
-                encode_stage(run, recipe, stage)
+                recipe.dataset(stage)
             else:
                 run_stage(run, recipe, stage)
         if run.is_main and not args.encode and (run.out / "log.jsonl").is_file():

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine.checkpoint import DEPTH, CheckpointError, JsonConfig, Pretrained
+from engine.checkpoint import DEPTH, CheckpointError, Embedding, JsonConfig, Pretrained
 
 
 @dataclass
@@ -106,13 +106,26 @@ def norm_silu_conv(norm, conv, x):
     return in_strips(apply, x)
 
 
+def strips(x):
+    """(B, c, H, W) -> its strips of rows, of about STRIP numbers."""
+    return x.split(max(1, STRIP * x.shape[2] // x.numel()), 2)
+
+
+def mean_of_groups(x, size):
+    """(B, c), each number replaced by the mean of its `size` channels -> (B, c)."""
+    return x.unflatten(1, (-1, size)).mean(2).repeat_interleave(size, 1)
+
+
 def norm_coefficients(norm, x):
-    """scale, shift (B, c, 1, 1) float32 with norm(x) = scale * x + shift, for a group norm."""
+    """scale, shift (B, c, 1, 1) float32 with norm(x) = scale * x + shift, for a group norm. In two
+    passes of sums, which on a CPU take a third of var_mean's time."""
     size = x.shape[1] // norm.num_groups                      # channels of a group
-    x = x.unflatten(1, (norm.num_groups, size))               # (B, groups, size, H, W)
-    var, mean = torch.var_mean(x, (2, 3, 4), correction=0)    # (B, groups)
-    std = (var.float() + norm.eps).sqrt().repeat_interleave(size, 1)      # (B, c)
-    mean = mean.float().repeat_interleave(size, 1)            # (B, c)
+    pixels = x.shape[2] * x.shape[3]
+    mean = sum(strip.float().sum((2, 3)) for strip in strips(x)) / pixels              # (B, c)
+    mean = mean_of_groups(mean, size)                                                  # (B, c)
+    centre = mean[..., None, None]
+    var = sum((strip - centre).square_().sum((2, 3)) for strip in strips(x)) / pixels  # (B, c)
+    std = (mean_of_groups(var, size) + norm.eps).sqrt()                                # (B, c)
     scale = norm.weight.float() / std
     shift = norm.bias.float() - mean * scale
     return scale[..., None, None], shift[..., None, None]
@@ -153,7 +166,17 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(c, c, 3, padding=1)
 
     def forward(self, x):                                     # (B, c, H, W) -> (B, c, 2H, 2W)
+        if x.is_cpu and is_large(x):
+            return in_strips(self.transposed(), x)
         return in_strips(lambda strip: self.conv(F.interpolate(strip, scale_factor=2.0)), x)
+
+    def transposed(self):
+        """The same as one transposed convolution: 16 products for each of four outputs in place of
+        36. A pixel of x reaches 4 x 4 outputs, each by the sum of up to 2 x 2 weights."""
+        weight = self.conv.weight.flip(2, 3).transpose(0, 1)                   # (c, c, 3, 3)
+        shifted = [F.pad(weight, (i, 1 - i, j, 1 - j)) for i in (0, 1) for j in (0, 1)]
+        kernel = sum(shifted)                                                  # (c, c, 4, 4)
+        return lambda x: F.conv_transpose2d(x, kernel, self.conv.bias, stride=2, padding=1)
 
 
 class Level(nn.Module):
@@ -203,7 +226,7 @@ class Quantizer(nn.Module):
     """The codebook."""
     def __init__(self, entries, size):
         super().__init__()
-        self.embedding = nn.Embedding(entries, size)
+        self.embedding = Embedding(entries, size)
 
     def nearest(self, vectors, chunk=8192):
         """(M, E) -> (M,) int64: the nearest entry in Euclidean distance, computed in float32.

@@ -4,6 +4,7 @@
     encode_images(source, folder, vq_model, tokenizer, "photos, seed 0, 512 px", run)
     dataset = TokenDataset(folder)
     ids, text_ids, micro_conds = dataset[epoch_indices([0], step, 64, len(dataset))]
+    batches = Prefetch(make_batch, steps=6000, workers=2)       # make_batch(step, attempt)
 
 The kinds of files that --data reads are in image_files.py. Pictures from anywhere else need a class
 with the interface of `Source`.
@@ -13,9 +14,14 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
+import signal
+import sys
 import threading
 import time
 import zlib
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -90,8 +96,65 @@ def readable(source, number, first=0):
 
 
 def to_float(pictures):
-    """uint8 array (B, H, W, 3) -> float32 tensor (B, 3, H, W) in [0, 1]."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+    """uint8 (B, H, W, 3) -> float32 tensor (B, 3, H, W) in [0, 1]."""
+    return torch.as_tensor(pictures).permute(0, 3, 1, 2).float() / 255
+
+
+# ------------------------------------------------------------------------------------------------
+# Ahead of the loop
+
+
+class Prefetch:
+    """make(step, attempt) for one step after the other, up to `steps`, computed ahead of the
+    training loop by worker processes. A call for any other step starts anew from there."""
+
+    def __init__(self, make, steps, workers):
+        self.make, self.steps = make, steps
+        self.workers = workers if sys.platform == "linux" else 0    # a fork inherits `make`
+        self.pool = None
+        self.expected = None                              # (step, attempt) of the next call
+        self.pending = deque()                            # futures
+
+    def __call__(self, step, attempt):
+        if not self.workers:
+            return self.make(step, attempt)
+        if self.pool is None:
+            self.pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("fork"),
+                                            begin_worker, (self.make,))
+        if self.expected != (step, attempt):
+            self.pending.clear()
+        self.expected = step + 1, attempt
+        last = min(step + 4 * self.workers, self.steps)
+        for ahead in range(step + len(self.pending), max(last, step + 1)):
+            self.pending.append(self.pool.submit(make_in_worker, ahead, attempt))
+        item = pickle.loads(self.pending.popleft().result())
+        if step + 1 >= self.steps:
+            self.pool.shutdown()
+            self.pool = None
+        return item
+
+
+def begin_worker(make):
+    """Signals are for the main process: it stops the loop between two steps."""
+    global make_item
+    make_item = make
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    end_with_parent(None)
+
+
+def make_in_worker(step, attempt):
+    """As bytes: PyTorch would hand each tensor on as an open file in shared memory, and containers
+    have little of it."""
+    return pickle.dumps(make_item(step, attempt))
+
+
+def worker_number(device):
+    """Worker processes of a training process. On a CPU training itself needs the cores."""
+    if device.type == "cpu":
+        return 1
+    return max(1, min(16, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -168,9 +231,7 @@ class _Attempts:
 
 def _read_batches(source, files, use_workers):
     """-> iterator of lists of attempts, one for each batch of the files in turn."""
-    workers = 0
-    if use_workers:
-        workers = min(16, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    workers = worker_number(torch.device("cuda")) if use_workers else 0
     sampler = [batch for file in files for batch in file.batches]
     return iter(DataLoader(_Attempts(source), batch_sampler=sampler, collate_fn=list,
                            num_workers=workers, worker_init_fn=end_with_parent))
@@ -244,6 +305,9 @@ class TokenDataset:
 
     def __len__(self):
         return int(self.ends[-1])
+
+    def indices(self, seed, step, batch):
+        return epoch_indices(seed, step, batch, len(self))
 
     def __getitem__(self, index):
         """(B,) array -> ids (B, h, w) int64, text_ids (B, L) int64, micro_conds (B, 5) float32."""

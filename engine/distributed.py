@@ -35,18 +35,20 @@ class Run:
     stages: dict                                  # {stage: its settings}, see train.PRESETS
     seed: int = 0
     device: torch.device = torch.device("cpu")
-    preset: str = "shapes"
+    preset: str = "tiny"
     data: str = "shapes"
     resume: bool = False
     init: Path | None = None                      # folder of the model that the run starts from
     save_every: int = 500                         # steps
-    eval_every: int = 2000                        # steps
+    eval_every: int = 2000                        # steps; 0: never
+    eval_captions: int = 24                       # pictures of sheet.png
     accumulate: int = 1                           # forward and backward passes in one step
     shard: bool = False
     checkpointing: bool = False
     compile: bool = False
     lora: int | None = None                       # rank
     init_text_encoder: Path | None = None         # in place of the text encoder of init
+    negative: str = ""                            # the negative prompt of init
     rank: int = field(default=0, init=False)
     world_size: int = field(default=1, init=False)
 
@@ -132,10 +134,10 @@ class Run:
         self.any(False)
 
     def on_main(self, function, *arguments):
-        """Call the function in the main process; the others wait."""
-        if self.is_main:
-            function(*arguments)
+        """Call the function in the main process -> its result there; the others wait."""
+        result = function(*arguments) if self.is_main else None
         self.barrier()
+        return result
 
     # ----------------------------------------------------------------------------------------------
     # Models

@@ -84,13 +84,25 @@ def features(model, ids, text, modulations):
     return graphs[shapes](ids, text, modulations)
 
 
-def run(model, ids, text, modulations):
+def one_step_predictor(model, cond):
+    """meissonic.one_step_predictor, with adaptive norms that may lie on the host. No graph: in one
+    pass it saves less than it takes to capture."""
+    text = model.embed_text(cond.hidden)                                          # (B, L, C)
+    modulations = precompute_modulations(model, cond, [0.0])[0]                   # (B, W)
+
+    def predict(ids, perturb):
+        x = run(model, ids, text, modulations, perturb).flatten(1, 2)             # (B, N, C)
+        return model.mlm_layer.conv2(model.head_features(x))                      # (B, N, V)
+    return predict
+
+
+def run(model, ids, text, modulations, perturb=None):
     sizes = [norm.linear.out_features for norm in modulation_layers(model)]
     parts = iter(modulations.split(sizes, -1))
 
     def run_block(block, a, b, rope):
         return block.forward_modulated(a, b, [next(parts) for _ in block.modulation_layers], rope)
-    return model.run_blocks(ids, text, run_block)
+    return model.run_blocks(ids, text, run_block, perturb)
 
 
 def release(model):

@@ -23,7 +23,9 @@ from engine.cli import note, visible
 
 BUNDLED = Path(__file__).parent.parent / "weights" / "shapes"
 MEISSONIC, MONETICO = "MeissonFlow/Meissonic", "Collov-Labs/Monetico"
-MODELS = {"shapes": BUNDLED, "meissonic": MEISSONIC, "monetico": MONETICO}
+DIMO = "Yuanzhi/DiMO"                                     # a transformer; the rest is Meissonic's
+DIMO_TRANSFORMER = "meissonic/transformer"                # its folder there
+MODELS = {"shapes": BUNDLED, "meissonic": MEISSONIC, "monetico": MONETICO, "dimo": DIMO}
 PARTS = {"transformer": meissonic.Transformer, "vqvae": vq.VQModel,
          "text_encoder": clip.TextEncoder}                # folder of a checkpoint -> its model
 OWN_TEXT = {"text_encoder": clip.TextEncoder}
@@ -51,6 +53,8 @@ class Model(NamedTuple):
     text_encoder: Path                                    # folder of the text encoder
     text_encoder_name: str                                # own, laion, a folder or a hub id
     negative: str                                         # the default of --negative
+    transformer: Path | None = None                       # folder of another one than the model's
+    schedule: meissonic.OneStep | None = None             # and how that one is sampled
 
 
 def find_model(name, device, dtype, text_encoder=None):
@@ -97,16 +101,40 @@ def find_parts(place, why, dtype, text_encoder):
     """Folder or repository of a model, --text-encoder -> Model. Downloads what is missing."""
     name = text_encoder or OFFICIAL_TEXT_ENCODER.get(place, "own")
     negative = OFFICIAL_NEGATIVE if place in OFFICIAL_TEXT_ENCODER else ""
-    if name == "own":
-        folder, = obtain([Wanted(place, (PARTS,), "pass --model FOLDER")], dtype)
-        return Model(folder, why, folder / "text_encoder", name, negative)
-    other = find_place(name, TEXT_ENCODERS | {"own": None}, "text encoder")
-    folder, text_folder = obtain([
-        Wanted(place, (WITHOUT_TEXT,), "pass --model FOLDER"),
-        Wanted(other, (OTHER_TEXT, OWN_TEXT), "pass --text-encoder FOLDER or own", place)], dtype)
-    if not (text_folder / "config.json").is_file():       # a whole model: take its text encoder
+    parts = PARTS if name == "own" else WITHOUT_TEXT
+    generator = one_step_transformer(place)
+    wanted = []
+    if generator:
+        layout = {generator: meissonic.Transformer}
+        wanted.append(Wanted(place, (layout,), "pass --model FOLDER"))
+        place = MEISSONIC                                 # has the other parts
+        parts = {part: kind for part, kind in parts.items() if part != "transformer"}
+        why = f"{why}, a one-step generator, with the other parts of {place}"
+    wanted.append(Wanted(place, (parts,), "pass --model FOLDER"))
+    if name != "own":
+        other = find_place(name, TEXT_ENCODERS | {"own": None}, "text encoder")
+        wanted.append(Wanted(other, (OTHER_TEXT, OWN_TEXT), "pass --text-encoder FOLDER or own",
+                             place))
+    folders = obtain(wanted, dtype)
+    folder = folders[1] if generator else folders[0]
+    text_folder = folder if name == "own" else folders[-1]
+    if name == "own" or not (text_folder / "config.json").is_file():          # of a whole model
         text_folder = text_folder / "text_encoder"
-    return Model(folder, why, text_folder, name, negative)
+    model = Model(folder, why, text_folder, name, negative)
+    if generator:
+        model = model._replace(transformer=folders[0] / generator, schedule=meissonic.OneStep())
+    return model
+
+
+def one_step_transformer(place):
+    """The path of the transformer in a repository or folder that holds, as Di[M]O's, that of a
+    one-step generator and no other part of a model; else None."""
+    if place == DIMO:
+        return DIMO_TRANSFORMER
+    if not isinstance(place, Path) or (place / "vqvae").exists() or (place / "scheduler").exists():
+        return None
+    paths = DIMO_TRANSFORMER, "transformer"               # the repository, or its folder meissonic
+    return next((path for path in paths if (place / path / "config.json").is_file()), None)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -251,7 +279,7 @@ def is_complete(folder, parts, dtype):
     except CheckpointError:
         return False
     configs = [config_name(part) for part in parts]
-    if "transformer" not in parts:
+    if "vqvae" not in parts:                              # not a whole model
         return has_files(folder, configs)
     configs += ["scheduler/scheduler_config.json", "model_index.json"]
     tokenizers = (["tokenizer/vocab.json", "tokenizer/merges.txt"], ["tokenizer/tokenizer.json"])
@@ -287,7 +315,7 @@ def hub_files(names, dtype, parts=PARTS):
     """The needed files among a hub repository's file names: for each part its config and the same
     set of weights that checkpoint.weight_files would choose; of a model the small files, too."""
     wanted = []
-    if "transformer" in parts:
+    if "vqvae" in parts:
         wanted = ["model_index.json"]
         wanted += [n for n in names if n.startswith(("tokenizer/", "scheduler/"))]
     for part, kind in parts.items():
@@ -341,7 +369,8 @@ def device_error(name):
         torch.ones(1, device=device) + 1
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-            torch.cuda.set_device(device)
+            if device.index is not None:
+                torch.cuda.set_device(device)
         if device.type == "meta":
             raise RuntimeError("meta tensors hold no data")
     except (RuntimeError, AssertionError, ImportError) as e:

@@ -26,6 +26,9 @@ from engine.pipeline import Pipeline
 from engine.settings import SOFTWARE, check_like, parameters_text, settings_of
 
 DEFAULT_PROMPT = "a red circle above a blue square on a white background"
+# What a one-step generator takes of these flags: what changes nothing
+ONE_STEP = {"steps": 1, "cfg": 1.0, "schedule": None, "remask": 0, "best_of": 1, "negative": "",
+            "image": None}
 MAX_PICTURES = 100_000                    # of a run
 MAX_TOKENS_AT_ONCE = 2 ** 20              # in a batch, 256 pictures of 1024 pixels
 MAX_PROMPT_FILE = 2 ** 26                 # bytes
@@ -75,6 +78,8 @@ class Run:
 
     def count_steps(self, ids):
         """How sample.fill_in draws ids (B, h, w) -> (batches of candidates, steps of each)."""
+        if self.pipe.one_step:
+            return 1, 1
         tokens = ids[0].numel()
         masked = int((ids[0] == self.pipe.mask_token).sum())
         plan = self.schedule.plan(masked, tokens)
@@ -148,7 +153,7 @@ def load_pipeline(args):
     dtype, quantized, why_dtype = hub.choose_dtype(args.dtype, device)
     model = hub.find_model(args.model, device, dtype, args.text_encoder)
     pipe = Pipeline(model.folder, device, dtype, args.lora, quantized, args.compile,
-                    model.text_encoder)
+                    model.text_encoder, model.transformer, model.schedule)
     pipe.check_size(*(args.size or pipe.size))
     if args.compile:
         hub.check_compile(device)                             # takes seconds: after quick checks
@@ -163,6 +168,7 @@ def load_pipeline(args):
     elif args.model == "auto":
         args.model = "meissonic"
     take_defaults(args, pipe, model)
+    schedule_of(args, pipe)                                   # raises
     return pipe
 
 
@@ -180,17 +186,19 @@ def describe_text(args, model):
 def take_defaults(args, pipe, model):
     """Replace arguments that are None by the defaults of the hub.Model and its checkpoint."""
     schedule = pipe.schedule
-    defaults = {
-        "steps": schedule.steps,
-        "cfg": schedule.cfg_scale,
-        "temperature": schedule.temperature,
-        "schedule": schedule.mask_schedule,
-        "remask": pipe.remask,
-        "best_of": pipe.best_of,
-        "score_condition": pipe.score,
-        "negative": model.negative,
-        "text_encoder": model.text_encoder_name,
-    }
+    defaults = {"score_condition": pipe.score, "text_encoder": model.text_encoder_name}
+    if pipe.one_step:
+        defaults |= ONE_STEP | {"temperature": (schedule.temperature,)}
+    else:
+        defaults |= {
+            "steps": schedule.steps,
+            "cfg": schedule.cfg_scale,
+            "temperature": schedule.temperature,
+            "schedule": schedule.mask_schedule,
+            "remask": pipe.remask,
+            "best_of": pipe.best_of,
+            "negative": model.negative,
+        }
     if not args.image:                                        # an edit's size is the picture's
         defaults["size"] = pipe.size
     for name, value in defaults.items():
@@ -199,9 +207,26 @@ def take_defaults(args, pipe, model):
 
 
 def schedule_of(args, pipe):
-    """The Schedule of the arguments, with the checkpoint's timestep convention."""
+    """The Schedule of the arguments, with the checkpoint's timestep convention, or the OneStep.
+    Raises UserError for flags that the model does not take."""
+    if pipe.one_step:
+        return one_step_of(args, pipe.schedule)
+    if len(args.temperature) != 2:
+        raise UserError("--temperature takes two numbers, at the first and the last step")
     return replace(pipe.schedule, steps=args.steps, cfg_scale=args.cfg,
                    temperature=tuple(args.temperature), mask_schedule=args.schedule)
+
+
+def one_step_of(args, one_step):
+    """The checkpoint's OneStep with the temperature of the arguments. Raises UserError for flags
+    that make no sense with one step."""
+    for name, value in ONE_STEP.items():
+        if getattr(args, name) != value:
+            raise UserError(f"--{name.replace('_', '-')}: this model is a one-step generator, it "
+                            "draws whole pictures in one pass and without guidance")
+    if len(args.temperature) != 1:
+        raise UserError("--temperature takes one number with a one-step generator, the draw's")
+    return replace(one_step, temperature=args.temperature[0])
 
 
 # --------------------------------------------------------------------------------------------------

@@ -34,8 +34,8 @@ class Log:
         self.first = first
         self.batch = batch
         self.pending = []                         # (step, {name: number or 0-d tensor}), unread
-        self.sums = {}                            # since the last line
-        self.count = 0
+        self.sums = {}                            # {name: (sum, number)} since the last line
+        self.scores = None                        # {name: score} of the last sheet, for the bar
         self.bad = 0                              # steps in a row that were not finite
         self.bar = tqdm(total=steps, initial=first, desc=f"stage {stage}", disable=not run.is_main)
         self.start = time.perf_counter()
@@ -68,18 +68,26 @@ class Log:
 
     def count_step(self, step, values):
         """Add numbers to the sums, and write a line if it is time."""
-        self.count += 1
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + value
+            total, number = self.sums.get(name, (0, 0))
+            self.sums[name] = total + value, number + 1
         if step % LINE_EVERY == 0:
-            means = {name: round(total / self.count, 5) for name, total in self.sums.items()}
+            means = {name: round(total / n, 5) for name, (total, n) in self.sums.items()}
             seconds = time.perf_counter() - self.start
             if seconds > 0:                       # a clock may stand still
                 means["samples_per_second"] = round(self.batch * (step - self.first) / seconds, 1)
-            self.bar.set_postfix(means)
+            self.show(means)
             self.write(step, **means)
             self.sums = {}
-            self.count = 0
+
+    def show(self, means):
+        """The progress bar: loss, samples per second and the last scores."""
+        shown = {"loss": f"{means['loss']:.3f}"}
+        if "samples_per_second" in means:
+            shown["samples/s"] = f"{means['samples_per_second']:.0f}"
+        if self.scores:
+            shown["score"] = f"{self.scores['overall']:.2f}"
+        self.bar.set_postfix(shown)
 
     def event(self, step, what, **values):
         """A dropped step, or a reload."""

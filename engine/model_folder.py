@@ -115,6 +115,9 @@ def check_stages(run, stages):
             raise UserError(f"{run.out / 'text_encoder'}: not there, and stage {stage} does not "
                             f"train it: {hint}--init a model that has one")
         has_text = has_text or stage not in ("tokenizer", "vq")
+    if "one-step" in stages and not (run.out / "transformer").is_dir():
+        raise UserError(f"stage one-step starts from a model: {run.out / 'transformer'} is not "
+                        "there; --init says which")
     if run.lora and not (run.out / "transformer").is_dir():
         raise UserError(f"--lora trains terms of a model: {run.out / 'transformer'} is not there; "
                         "--init says which")
@@ -180,10 +183,14 @@ def save_model(run, recipe, model, state, sampling):
     if any(p.requires_grad for p in model.text_encoder.parameters()):
         text_state = remove_prefix(state, "text_encoder.")
         save_half(run.out / "text_encoder", model.text_encoder, text_state)
+    save_scheduler(run, model.transformer, sampling)
+
+
+def save_scheduler(run, transformer, sampling, **more):
+    """Write scheduler_config.json and model_index.json. sampling: its defaults."""
     scheduler = {"_class_name": "Scheduler", "_diffusers_version": "0.30.2",
-                 "masking_schedule": "cosine",
-                 "mask_token_id": model.transformer.config.mask_token,
-                 "rate_condition": rate_condition_of(run.out),
+                 "masking_schedule": "cosine", "mask_token_id": transformer.config.mask_token,
+                 "rate_condition": rate_condition_of(run.out), **more,
                  "defaults": {"score_condition": DEFAULT_SCORE, **sampling}}
     (run.out / "scheduler").mkdir(exist_ok=True)
     write_json(run.out / "model_index.json", MODEL_INDEX)

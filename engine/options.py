@@ -1,6 +1,6 @@
 """The command line of train.py: its flags, the stages they ask for, and the run they describe.
 
-    args = parse_arguments(PRESETS, STAGES, description, ["--preset", "cpu", "--out", "runs/cpu"])
+    args = parse_arguments(PRESETS, STAGES, description, ["--preset", "tiny", "--out", "runs/a"])
     run = open_run(args, PRESETS)
 """
 from pathlib import Path
@@ -19,10 +19,10 @@ TEXT_LR = 0.3                                     # see chosen_stages
 def parse_arguments(presets, stages, description, argv=None, name="train.py"):
     """Read the flags. Errors end the program with one line."""
     p = Parser(prog=name, description=description)
-    p.add_argument("--out", type=path, default=Path("runs/shapes"), metavar="FOLDER",
-                   help="folder of the run (default: %(default)s)")
-    p.add_argument("--preset", choices=presets, default="shapes",
-                   help="set of stages and sizes (default: %(default)s)")
+    p.add_argument("--out", type=path, metavar="FOLDER",
+                   help="folder of the run (default: runs/PRESET)")
+    p.add_argument("--preset", choices=presets,
+                   help="set of stages and sizes (default: small on a GPU, else tiny)")
     p.add_argument("--stage", choices=stages, help="one stage (default: all, in turn)")
     p.add_argument("--resume", action="store_true",
                    help="go on from the run's checkpoints; finished stages are kept")
@@ -37,7 +37,7 @@ def parse_arguments(presets, stages, description, argv=None, name="train.py"):
                         "folder or a pattern of WebDataset shards, such as 'x/{000..003}.tar' "
                         "(default: %(default)s)")
     p.add_argument("--encode", action="store_true",
-                   help="encode the pictures and stop (training does it if need be)")
+                   help="encode the picture files and stop (training does it if need be)")
     p.add_argument("--seed", type=natural, default=0,
                    help="of every random choice (default: %(default)s)")
     p.add_argument("--steps", type=positive,
@@ -57,11 +57,20 @@ def parse_arguments(presets, stages, description, argv=None, name="train.py"):
                    help="train low-rank terms only; written to lora.safetensors")
     p.add_argument("--save-every", type=positive, default=500,
                    help="steps between checkpoints (default: %(default)s)")
-    p.add_argument("--eval-every", type=positive, default=2000,
+    p.add_argument("--eval-every", type=positive, default=1000,
                    help="steps between sheets of pictures and scores (default: %(default)s)")
+    p.add_argument("--eval-captions", type=positive, default=24, metavar="N",
+                   help="pictures on a sheet (default: %(default)s)")
+    p.add_argument("--no-eval", action="store_true", help="draw no sheets")
     p.add_argument("--device", help="cpu, cuda (default: cuda if there is one, else cpu)")
     p.add_argument("--threads", type=positive, help="CPU threads (default: PyTorch's choice)")
     args = p.parse_args(argv)
+    args.device, args.device_reason = hub.choose_device(own_device(args.device))
+    args.chosen_preset = ""
+    if args.preset is None:
+        args.preset = "tiny" if args.device.type == "cpu" else "small"
+        args.chosen_preset = f" (chosen for {args.device.type})"
+    args.out = args.out or Path("runs") / args.preset
     check_arguments(p, args, chosen_stages(args, presets))
     return args
 
@@ -76,6 +85,8 @@ def check_arguments(parser, args, stages):
         parser.error(f"--lr {args.lr} is not positive")
     if args.text_encoder and not args.init:
         parser.error("--text-encoder wants --init")
+    if args.encode and args.data == "shapes":
+        parser.error("--encode is for picture files: those of shapes are drawn as they are needed")
     if args.lora and not args.stage:
         parser.error("--lora wants --stage: it trains one")
     if args.stage == "vq" and stages["vq"]["steps"] <= stages["vq"]["quantize_from"]:
@@ -93,11 +104,11 @@ def chosen_stages(args, presets):
     stages = {stage: settings | flags for stage, settings in presets[args.preset].items()}
     if args.data == "shapes":
         return stages
-    if "patch_codes" in stages["vq"]:
-        stages["vq"] = presets["shapes"]["vq"] | flags
+    if stages["vq"].pop("patch_codes", None):
+        stages["vq"] |= dict(steps=6000, quantize_from=800, adversary_from=5000) | flags
     if stages.pop("text", None):
         for stage, settings in stages.items():
-            if stage != "vq":
+            if "text_lr" in settings:
                 stages[stage] = settings | {"text_lr": settings["text_lr"] or TEXT_LR}
     return stages
 
@@ -106,26 +117,31 @@ def open_run(args, presets):
     """Check what can be checked before the folder is made -> Run. Prints what it runs on."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    device, why = hub.choose_device(own_device(args.device))
+    device = args.device
     if args.data != "shapes":
         ImageFiles(args.data)                     # raises SourceError
     if args.compile:
         hub.check_compile(device)                 # now, and not in an hour
     init = text_encoder = None
+    negative = ""
     if args.init:
         found = hub.find_model(args.init, device, torch.float32, args.text_encoder)
-        init, text_encoder = found.folder, found.text_encoder
+        if found.transformer:
+            raise UserError(f"--init {args.init}: a one-step generator is no start for training")
+        init, text_encoder, negative = found.folder, found.text_encoder, found.negative
     run = Run(args.out, chosen_stages(args, presets), args.seed, device, args.preset, args.data,
-              args.resume, init, args.save_every, args.eval_every, args.accumulate, args.shard,
-              args.checkpointing, args.compile, args.lora, text_encoder)
+              args.resume, init, args.save_every, 0 if args.no_eval else args.eval_every,
+              args.eval_captions, args.accumulate, args.shard, args.checkpointing, args.compile,
+              args.lora, text_encoder, negative)
     if run.is_main:
-        say(f"run: {run.out} | preset: {run.preset} | device: {run.device} ({why}) | "
+        say(f"run: {run.out} | preset: {run.preset}{args.chosen_preset} | "
+            f"device: {run.device} ({args.device_reason}) | "
             f"processes: {run.world_size} | products: {str(run.dtype)[6:]} | "
             f"kernels: {hub.kernel_path(run.device, run.dtype)} | seed: {run.seed}")
         if run.resume and not (run.out / "tokenizer").is_dir() and not init:
             note(f"note: nothing to resume in {run.out}; starting from step 0")
-        if run.device.type == "cpu" and run.preset == "shapes" and not args.stage:
-            note("note: this preset is for a GPU; --preset cpu is made for two CPU cores")
+        if run.device.type == "cpu" and run.preset != "tiny" and not args.stage:
+            note(f"note: the preset {run.preset} is for a GPU; tiny is made for two CPU cores")
         new = not (args.stage or run.resume or args.encode)
         own = init is not None and init.samefile(run.out)
         if new and not own and (run.out / "tokenizer").is_dir():

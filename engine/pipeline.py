@@ -39,40 +39,46 @@ class Pipeline:
     `one_at_a_time` loading one model frees the others, and encoded prompts are kept.
 
     Attributes: text_encoder, transformer, vq; mask_token; f, pixels per token along a side;
-    multiple, which sizes must be multiples of; and the checkpoint's defaults schedule, size (width,
-    height), score, remask, best_of.
+    multiple, which sizes must be multiples of; one_step, whether it is a one-step generator; and
+    the checkpoint's defaults schedule (a meissonic.Schedule or OneStep), size (width, height),
+    score, remask, best_of.
     """
 
     def __init__(self, folder, device="cpu", dtype=torch.float32, lora=None, quantize=None,
-                 compile=False, text_encoder=None):
+                 compile=False, text_encoder=None, transformer=None, schedule=None):
         """lora: FILE or FILE:SCALE of low-rank terms to merge. quantize: torch.int8 or
         float8_e4m3fn for the blocks' weights. compile: torch.compile the blocks, once for each
         batch size. text_encoder: folder of another text encoder than the checkpoint's, for example
-        of a whole CLIP model; the tokenizer stays. Raises CheckpointError that names the part at
-        fault."""
+        of a whole CLIP model; the tokenizer stays. transformer, schedule: folder of a one-step
+        generator in place of the checkpoint's transformer, and its OneStep. Raises CheckpointError
+        that names the part at fault."""
         self.folder, self.device, self.dtype = Path(folder), torch.device(device), dtype
         self.quantize, self.compile = quantize, compile
         self.one_at_a_time, self.prompt_cache = False, {}
         if not self.folder.is_dir():
             raise CheckpointError(f"{folder}: no such folder")
-        own = self.folder / "text_encoder"
-        self.folders = {"transformer": self.folder / "transformer", "vqvae": self.folder / "vqvae",
-                        "text_encoder": Path(text_encoder or own)}
+        self.folders = {"transformer": Path(transformer or self.folder / "transformer"),
+                        "vqvae": self.folder / "vqvae",
+                        "text_encoder": Path(text_encoder or self.folder / "text_encoder")}
         self.tokenizer = clip.Tokenizer.from_pretrained(self.folder / "tokenizer")
         load = lambda model, part: model.from_pretrained(self.folders[part], dtype, "meta").config
         text = load(clip.TextEncoder, "text_encoder")
         plain = meissonic.Transformer.from_pretrained(self.folders["transformer"], dtype, "meta")
-        transformer = plain.config
         self.lora_terms = read_lora(plain, *parse_lora(str(lora))) if lora else []
         pixels = load(vq.VQModel, "vqvae")
-        if self.folders["text_encoder"] != own:
-            folder = f"{folder} with the text encoder {text_encoder}"
-        check_parts(folder, self.tokenizer, text, transformer, pixels)
-        self.mask_token = transformer.mask_token
-        self.f, self.multiple = pixels.f, pixels.f * transformer.compression
-        self.schedule = meissonic.Schedule.from_pretrained(self.folder / "scheduler")
-        self.set_defaults(self.folder / "scheduler" / "scheduler_config.json",
-                          1024 if transformer.downsample else 512)
+        for part, name in (("transformer", "transformer"), ("text_encoder", "text encoder")):
+            if self.folders[part] != self.folder / part:
+                folder = f"{folder} with the {name} {self.folders[part]}"
+        check_parts(folder, self.tokenizer, text, plain.config, pixels)
+        self.mask_token = plain.config.mask_token
+        self.f, self.multiple = pixels.f, pixels.f * plain.config.compression
+        scheduler = self.folder / "scheduler"
+        many_steps = meissonic.Schedule.from_pretrained(scheduler)
+        one_step = schedule or meissonic.OneStep.from_pretrained(scheduler)
+        self.schedule = one_step or many_steps
+        self.one_step = one_step is not None
+        self.set_defaults(scheduler / "scheduler_config.json",
+                          1024 if plain.config.downsample else 512)
 
     def set_defaults(self, path, size):
         raw = read_json(path)
@@ -80,8 +86,12 @@ class Pipeline:
             raise CheckpointError(f"{path}: mask_token_id {reprlib.repr(raw['mask_token_id'])} is "
                                   "not the transformer's last token")
         published = {"size": size, "score_condition": 6.0, "remask": 0, "best_of": 1}
-        defaults = published | raw.get("defaults", {})
-        unknown = defaults.keys() - {*DEFAULTS, "steps", "cfg", "temperature"}  # the schedule's
+        own = raw.get("defaults", {})
+        defaults = published | own
+        known = {*DEFAULTS, "steps", "cfg", "temperature"}          # three are the schedule's
+        if self.one_step:
+            known = {"size", "score_condition"}
+        unknown = own.keys() - known
         if unknown:
             raise CheckpointError(f"{path}: defaults: unknown key {reprlib.repr(min(unknown))}")
         for key, bounds in DEFAULTS.items():
@@ -189,7 +199,12 @@ class Pipeline:
         """Draw the ids (B, h, w) that are mask_token -> ids. remask: passes that draw a quarter of
         them again. best_of: candidates, of which the best is kept; `ablated` of encode_ablated
         scores them. watch: as in meissonic.sample, called for every batch of candidates.
-        Raises UserError if the logits are NaN."""
+        Raises UserError if the logits are NaN, or for what a one-step generator cannot do."""
+        if isinstance(schedule, meissonic.OneStep):
+            if remask or best_of > 1:
+                raise UserError("a one-step generator has no remask and no best_of")
+            return self.draw_in_one_step(ids, cond, seeds, schedule, watch)
+
         def fill(ids, cond, uncond, seeds):
             unknown = meissonic.masked_positions(ids.flatten(1), self.mask_token)
             plan = schedule.plan(unknown.shape[1], ids[0].numel())
@@ -210,6 +225,24 @@ class Pipeline:
             return fill(ids, cond, uncond, seeds)
         return rerank.best_of(best_of, fill, self.transformer, ids, cond, uncond, seeds, ablated,
                               schedule.rate_condition)
+
+    @torch.no_grad()
+    def draw_in_one_step(self, ids, cond, seeds, one_step, watch=None):
+        """fill_in of a one-step generator, which draws all ids (B, h, w) -> ids."""
+        if (ids != self.mask_token).any():
+            raise UserError("a one-step generator draws whole pictures: it cannot keep tokens")
+        predictor = fast.one_step_predictor(self.transformer, cond)
+        sums = []
+
+        def predict(*inputs):
+            logits = predictor(*inputs)                                             # (B, N, V)
+            sums.append(logits[..., 0].sum(dtype=torch.float32))                    # as in fill_in
+            return logits
+
+        ids = meissonic.sample_one_step(predict, ids, self.transformer.config, seeds, one_step,
+                                        watch)
+        self.check_finite(sums)
+        return ids
 
     def check_finite(self, sums):
         """Raises UserError if one of a list of scalars on the device is not finite."""
@@ -247,7 +280,7 @@ class Pipeline:
         score = self.score if score is None else score
         best_of = self.best_of if best_of is None else best_of
         cond = self.encode(prompts, size, score)
-        uncond = self.encode([negative] * len(prompts), size, score)
+        uncond = None if self.one_step else self.encode([negative] * len(prompts), size, score)
         ablated = self.encode_ablated(prompts, size, score) if best_of > 1 else ()
         ids = self.all_masked(len(prompts), size) if ids is None else ids
         remask = self.remask if remask is None else remask

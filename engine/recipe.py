@@ -1,12 +1,13 @@
 """What --data decides: the pictures, the captions, and what a stage does besides the paper's.
 
     recipe = FileRecipe(run)                              # pictures with captions, read from files
-    encode_stage(run, recipe, "1")                        # pictures -> run.out/tokens/1
+    dataset = recipe.dataset("1")                         # their tokens, in run.out/tokens/1
     evaluate(run, recipe, "1", step)                      # sheet.png
 
 The methods of FileRecipe that return their input or nothing are for a recipe that does more:
 shapes/recipe.py, which helps a tiny model to learn a drawn world.
 """
+import math
 import zlib
 
 from PIL import Image
@@ -16,8 +17,8 @@ import clip
 import vq
 from engine import log
 from engine.checkpoint import atomic_write
-from engine.data import FileSource, encode_images, readable
-from engine.pipeline import Pipeline
+from engine.data import FileSource, TokenDataset, encode_images, readable
+from engine.pipeline import MAX_TOKENS, Pipeline
 
 
 class FileRecipe:
@@ -40,17 +41,19 @@ class FileRecipe:
         tokenizer = clip.learn_tokenizer(self.tokenizer_captions(), length)
         tokenizer.save_pretrained(self.run.out / "tokenizer")
 
-    def sheet_captions(self, stage):
+    def dataset(self, stage):
+        """The encoded pictures of a stage, with the interface of engine.data.TokenDataset. Encodes
+        those that are not yet."""
+        encode_stage(self.run, self.source(stage), stage)
+        return TokenDataset(self.run.out / "tokens" / stage)
+
+    def sheet_captions(self, stage, number):
         """The captions of sheet.png."""
-        _, captions, _ = readable(self.source(stage), 20)
-        return captions
+        _, captions, _ = readable(self.source(stage), number)
+        return list(captions)
 
-    def scores(self, pipe):
-        """{name: share of right pictures}; none without a way to judge them."""
-        return {}
-
-    def mixture(self, stage):
-        """Settings of the stage that change its pictures."""
+    def scores(self, stage, pictures):
+        """{name: share of the sheet's pictures that are right}; none without a way to judge."""
         return {}
 
     def text_task(self, text_encoder):
@@ -69,13 +72,8 @@ class FileRecipe:
         return state
 
 
-def token_folder(run, stage):
-    return run.out / "tokens" / stage
-
-
-def encode_stage(run, recipe, stage):
+def encode_stage(run, source, stage):
     """Encode the pictures of a stage that are not encoded yet, see encode_images."""
-    source = recipe.source(stage)
     tokenizer = clip.Tokenizer.from_pretrained(run.out / "tokenizer")
     vq_model = vq.VQModel.from_pretrained(run.out / "vqvae", device=run.device)
     checksums = []
@@ -84,26 +82,37 @@ def encode_stage(run, recipe, stage):
             if path.is_file():
                 checksums.append(zlib.crc32(path.read_bytes()))
     about = (f"{run.data}, {len(source)} pictures, seed {run.seed}, {source.size} px, "
-             f"{recipe.mixture(stage)}, {checksums}")
-    encode_images(source, token_folder(run, stage), vq_model, tokenizer, about, run)
+             f"{checksums}")
+    encode_images(source, run.out / "tokens" / stage, vq_model, tokenizer, about, run)
 
 
 @log.noted("sheet.png")
-def evaluate(run, recipe, stage, step, columns=5, rows=4):
-    """Draw sheet.png with the model as saved so far, and log the scores of the recipe. Training
-    waits for it, so each picture is drawn once: no best of several."""
+def evaluate(run, recipe, stage, step):
+    """Draw sheet.png with the model as saved so far, and log its scores -> {name: score}. Training
+    waits for it, so it is a handful of pictures, each drawn once: no best of several."""
     lora = run.out / "lora.safetensors" if run.lora else None
     pipe = Pipeline(run.out, run.device, lora=lora)
     pipe.best_of = 1
-    captions = recipe.sheet_captions(stage)[:columns * rows]
-    pictures = [pipe([caption], [seed])[0] for seed, caption in enumerate(captions)]
-    side = pictures[0].width
-    sheet = Image.new("RGB", (columns * side, rows * side))
-    for i, picture in enumerate(pictures):
-        sheet.paste(picture, (i // rows * side, i % rows * side))
-    atomic_write(run.out / "sheet.png", lambda temporary: sheet.save(temporary, "PNG"))
-    scores = {name: round(score, 3) for name, score in recipe.scores(pipe).items()}
+    captions = recipe.sheet_captions(stage, run.eval_captions)
+    pictures = []
+    batch = max(1, min(16, MAX_TOKENS * pipe.f ** 2 // math.prod(pipe.size)))
+    for first in range(0, len(captions), batch):
+        some = captions[first:first + batch]
+        pictures += pipe(some, list(range(first, first + len(some))))
+    write_sheet(run.out / "sheet.png", pictures)
+    scores = {name: round(score, 3) for name, score in recipe.scores(stage, pictures).items()}
     if scores:
         log.append(run.out, stage=stage, step=step, event="scores", **scores)
         text = ", ".join(f"{name} {score:.2f}" for name, score in scores.items())
         tqdm.write(f"stage {stage} step {step}: {text}")
+    return scores
+
+
+def write_sheet(path, pictures, columns=6):
+    """Write pictures of one size side by side."""
+    side = pictures[0].width
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * side, rows * side))
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (i % columns * side, i // columns * side))
+    atomic_write(path, lambda temporary: sheet.save(temporary, "PNG"))

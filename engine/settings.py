@@ -63,6 +63,8 @@ def from_text(action, text):
         if len(words) != action.nargs:
             raise argparse.ArgumentTypeError(f"{cli.quoted(text)} is not {action.nargs} values")
         return [convert(action, word) for word in words]
+    if action.nargs == "+" and action.type:                   # numbers; a prompt is one text
+        return [convert(action, word) for word in text.split()]
     value = convert(action, text)
     return [value] if action.nargs == "+" else value
 

@@ -10,9 +10,6 @@ pretrained net.
 
 Letters: B batch, H W pixels, h w tokens, E latent channels, V codebook, M = B h w latents.
 """
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -20,10 +17,9 @@ from torch import nn
 
 import vq
 from engine.checkpoint import remove_prefix
-from engine.data import readable, to_float
+from engine.data import Prefetch, readable, to_float, worker_number
 from engine.task import Task, decay_groups, save_half
 
-CACHE_BYTES = 2 ** 31                             # of decoded pictures
 RESTART_EVERY = 50                                # steps between restarts of codes that nobody uses
 
 
@@ -96,22 +92,28 @@ def vq_task(run, config, source, set_codes=None):
     quantize_from, adversary_from = settings["quantize_from"], settings["adversary_from"]
     torch.manual_seed(run.seed)
     trainer = VQTrainer(vq.VQModel(config)).to(run.device)
+    trainer = trainer.to(memory_format=torch.channels_last)           # 1.2x on a CPU
     codebook = trainer.vq.quantize.embedding.weight                                # (V, E)
-    pictures = PictureCache(run, source)
     if set_codes:
-        images = pictures[range(min(len(source), 1000))]                           # (B, 3, H, W)
+        images = first_images(run, source, 300)                                    # (B, 3, H, W)
         set_codes(trainer.vq, images, rng=run.rng("vq", 0))
         trainer.rate_weight = 0.0                 # equal patches have equal codes already
 
+    def read_pictures(step, attempt):
+        index = run.rng("vq", step, attempt).integers(len(source), size=batch)
+        return [read_rows(source, rows) for (rows,) in run.rank_slice(index)]
+
+    pictures = Prefetch(read_pictures, steps, worker_number(run.device))
+
     def micro_batches(model, step, attempt):
-        rng = run.rng("vq", step, attempt)
+        rng = run.rng("restarts", step, attempt)
         quantize, adversary = step >= quantize_from, step >= adversary_from
         if step == quantize_from and not set_codes:
-            initialize_codebook(trainer.vq, pictures, min(len(source), 640), rng)
+            initialize_codebook(trainer.vq, first_images(run, source, 640), rng)
             run.broadcast(codebook)
         counts = torch.zeros_like(trainer.code_counts)                             # (V,)
-        for (index,) in run.rank_slice(rng.integers(len(source), size=batch)):
-            images = pictures[index]                                               # (B, 3, H, W)
+        for rows in pictures(step, attempt):
+            images = to_float(run.to_device(rows))                                 # (B, 3, H, W)
             with run.precision():
                 loss, error, latents, codes, quant_error = model(images, quantize, adversary)
             if quantize:
@@ -135,23 +137,15 @@ def vq_task(run, config, source, set_codes=None):
                 settings["lr"], save)
 
 
-class PictureCache:
-    """pictures[indices] -> (B, 3, H, W) on the run's device. Threads decode; decoded pictures stay
-    in memory up to CACHE_BYTES. A picture that cannot be read is replaced by the next one."""
+def read_rows(source, index):
+    """(B,) indices -> (B, H, W, 3) uint8. A picture that cannot be read is replaced by the next."""
+    return torch.from_numpy(np.stack([readable(source, 1, first=int(i))[0][0] for i in index]))
 
-    def __init__(self, run, source):
-        self.run = run
-        self.source = source
-        self.threads = ThreadPoolExecutor()
-        self.read = lru_cache(CACHE_BYTES // (3 * source.size ** 2))(self.read)
 
-    def read(self, i):
-        pictures, _, _ = readable(self.source, 1, first=i)
-        return pictures[0]                                                         # (H, W, 3) uint8
-
-    def __getitem__(self, indices):
-        pictures = list(self.threads.map(self.read, [int(i) for i in indices]))
-        return self.run.to_device(to_float(np.stack(pictures)))                    # (B, 3, H, W)
+def first_images(run, source, number):
+    """The first pictures of a source, `number` of them at most -> (B, 3, H, W) on the device."""
+    pictures, _, _ = readable(source, number)
+    return to_float(run.to_device(np.stack(pictures)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -159,10 +153,10 @@ class PictureCache:
 
 
 @torch.no_grad()
-def initialize_codebook(model, pictures, number, rng):
-    """Set the codebook to the k-means centres of the latents of the first `number` pictures."""
+def initialize_codebook(model, images, rng):
+    """Set the codebook to the k-means centres of the latents of images (B, 3, H, W)."""
     codebook = model.quantize.embedding.weight
-    latents = [to_rows(model.encode_latents(pictures[[i]]).float()) for i in range(number)]
+    latents = [to_rows(model.encode_latents(image).float()) for image in images.split(1)]
     points = distinct_points(torch.cat(latents))                                   # (M, E)
     codebook.copy_(k_means(points, len(codebook), rng))
 

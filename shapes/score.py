@@ -153,13 +153,14 @@ def normalized(window):
 # Scores of a model
 
 
-def score_tasks(pipe, number=100, batch=16, tasks=(*world.TASKS, "unseen"), progress=tqdm,
-                **settings):
-    """Draw `number` held-out captions of each task, with seeds 0, 1, ... `settings`: keywords of
-    Pipeline -> {task: share of its pictures that match}, "overall" the mean over world.TASKS."""
+def score_tasks(pipe, number=100, batch=16, tasks=(*world.TASKS, "unseen"), world_name="full",
+                progress=tqdm, **settings):
+    """Draw `number` held-out captions of each task, with seeds 0, 1, ... world_name: one of
+    world.WORLDS. `settings`: keywords of Pipeline -> {task: share of its pictures that match},
+    "overall" the mean over world.TASKS."""
     prompts = []
     for task in tasks:
-        prompts += world.test_prompts(task, number)
+        prompts += world.test_prompts(task, number, **world.words_of(world_name))
     correct = []
     for start in progress(range(0, len(prompts), batch)):
         captions, specs = zip(*prompts[start:start + batch])

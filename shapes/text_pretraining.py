@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine.checkpoint import remove_prefix
+from engine.data import Prefetch, worker_number
 from engine.task import Task, decay_groups, save_half
 from shapes import world
 
@@ -40,17 +41,23 @@ class TextPretrainer(nn.Module):
         return F.binary_cross_entropy_with_logits(self.answer(pooled).float(), labels)
 
 
-def text_task(run, text_encoder, tokenizer, settings):
-    """The Task of stage "text". settings: steps, batch, lr. Saves run.out/text_encoder."""
+def text_task(run, text_encoder, tokenizer, settings, mixture):
+    """The Task of stage "text". settings: steps, batch, lr; mixture: keywords of
+    world.sample_example. Saves run.out/text_encoder."""
     module = TextPretrainer(text_encoder).to(run.device)
     steps, batch = settings["steps"], settings["batch"]
 
-    def micro_batches(model, step, attempt):
+    def draw(step, attempt):
         rng = run.rng("text", step, attempt)
-        captions, labels = sample_labels(rng, batch, relations_only=step < steps // 4)
-        for text_ids, labels in run.rank_slice(tokenizer(captions), labels):
+        captions, labels = sample_labels(rng, batch, step < steps // 4, mixture)
+        return run.rank_slice(tokenizer(captions), labels)
+
+    drawn = Prefetch(draw, steps, worker_number(run.device))
+
+    def micro_batches(model, step, attempt):
+        for text_ids, labels in drawn(step, attempt):
             with run.precision():
-                loss = model(text_ids.to(run.device), labels.to(run.device))
+                loss = model(run.to_device(text_ids), run.to_device(labels))
             yield loss / run.accumulate, {}
 
     def save(state):
@@ -60,13 +67,14 @@ def text_task(run, text_encoder, tokenizer, settings):
                 settings["lr"], save)
 
 
-def sample_labels(rng, batch, relations_only):
+def sample_labels(rng, batch, relations_only, mixture):
     """-> list of B captions, labels (B, Q) float32. Every other caption has a relation."""
     captions, labels = [], []
     for i in range(batch):
         task = "position" if relations_only or i % 2 else None
         mirrored = 0.2 if relations_only else 0.5
-        caption, scene, _ = world.sample_example(rng, task, letters=0.3, mirrored=mirrored)
+        caption, scene, _ = world.sample_example(rng, task, mirrored=mirrored,
+                                                  **{"letters": 0.3} | mixture)
         captions.append(caption)
         labels.append(world.scene_labels(scene))
     return captions, torch.from_numpy(np.stack(labels))

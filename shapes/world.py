@@ -35,8 +35,7 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond", "cross", "arrow")
 LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 NOUNS = SHAPES + LETTERS
-CELL = 1 / 16                                      # share of the picture: the grid of centres
-SIZES = {"small": 2 * CELL, "large": 3 * CELL}     # half the longer side of an object
+SIZES = {"small": 1 / 8, "large": 3 / 16}          # half the longer side: a share of the picture's
 COUNTS = {1: "a", 2: "two", 3: "three", 4: "four"}
 RELATIONS = {
     "left": ("left of", "to the left of"), "right": ("right of", "to the right of"),
@@ -44,7 +43,18 @@ RELATIONS = {
 }
 MIRRORED = {"right": "left", "below": "above"}     # equivalent with the two objects exchanged
 TASKS = ("single", "two", "counting", "colours", "position", "attribution")
+OF_CONCEPTS = ("cells", "letters", "large")        # keywords of sample_concept and sample_example
+OF_GRID = (*OF_CONCEPTS, "margin")                 # keywords of sample_crowd and sample_example
 CLEAN_SCORE = 6.0                                  # the micro condition of a clean picture
+
+# The edges of objects lie on a grid of cells x cells, `margin` cells from the picture's edge, and a
+# cell from each other. The tiny world is for 8 x 8 tokens: each object fills a block of 2 x 2.
+WORLDS = {
+    "full": dict(),
+    "tiny": dict(cells=4, margin=0, letters=0.0, max_objects=3, large=0.0),
+}
+
+WORDS = ("letters", "max_objects", "large")              # what of it changes captions
 
 # Training shows each of these colours and shapes, but never the two together.
 HELD_OUT_PAIRS = frozenset({
@@ -119,19 +129,22 @@ def sample_background(rng, objects):
     return choose(rng, [c for c in COLOURS if c not in taken])
 
 
-def sample_spec(rng, task=None, unseen=False, letters=1 / 6, mirrored=0.5):
+def sample_spec(rng, task=None, unseen=False, letters=1 / 6, max_objects=4, large=0.5,
+                mirrored=0.5):
     """Draw a PromptSpec.
 
     task      one of TASKS; "long", which names all properties; or None for the training mixture
     unseen    the first object is a colour-noun pair of HELD_OUT_PAIRS (for tasks that name colours)
     letters   share of the objects that are letters; letters are 26 of 34 nouns
+    max_objects  how many objects a caption names at most, at least 2
+    large     share of large objects; with 0 all are small and no caption names a size
     mirrored  share of the relations that are "right" or "below", at most 0.5
     """
     if task is None:
         task = "long" if rng.random() < 0.25 else choose(rng, TASKS)
-    objects = sample_prompt_objects(rng, task, unseen, letters)
+    objects = sample_prompt_objects(rng, task, unseen, letters, max_objects, large)
     while len({(o.noun, o.colour) for o in objects}) < len(objects):   # "a star and a star"
-        objects = sample_prompt_objects(rng, task, unseen, letters)
+        objects = sample_prompt_objects(rng, task, unseen, letters, max_objects, large)
     relation = None
     if task == "position" or (task == "long" and len(objects) == 2):
         relation = choose(rng, tuple(RELATIONS))
@@ -141,9 +154,9 @@ def sample_spec(rng, task=None, unseen=False, letters=1 / 6, mirrored=0.5):
     return PromptSpec(task, objects, relation, background)
 
 
-def sample_prompt_objects(rng, task, unseen, letters):
+def sample_prompt_objects(rng, task, unseen, letters, max_objects, large):
     """Draw the PromptObjects of a task; two of them may be alike."""
-    long_number = int(rng.integers(1, 5))
+    long_number = int(rng.integers(1, max_objects + 1))
     number = {"two": 2, "position": 2, "attribution": 2, "long": long_number}.get(task, 1)
     has_colours = task in ("colours", "attribution", "long")
     if task == "position":
@@ -153,10 +166,10 @@ def sample_prompt_objects(rng, task, unseen, letters):
         noun = choose(rng, SHAPES) if unseen else sample_noun(rng, letters)
         colour = sample_colour(rng, noun, unseen and i == 0) if has_colours else None
         size, count = None, 1
-        if task == "long" and number < 4 and rng.random() < 0.5:
+        if large and task == "long" and number < 4 and rng.random() < 0.5:
             size = choose(rng, ("small", "large"))
         if task == "counting":
-            count = int(rng.integers(2, 5))
+            count = int(rng.integers(2, max_objects + 1))
             if rng.random() < 0.5:
                 colour = sample_colour(rng, noun)
         objects.append(PromptObject(noun, colour, size, count))
@@ -207,28 +220,28 @@ def is_held_out(caption):
 # Scenes
 
 
-def sample_scene(rng, spec):
-    """Draw a Scene that satisfies a PromptSpec.
+def sample_scene(rng, spec, cells=16, margin=1, large=0.5):
+    """Draw a Scene that satisfies a PromptSpec, on a grid of cells x cells (see WORLDS).
 
-    What the caption leaves open is random. Objects keep a distance of one CELL. A relation holds
+    What the caption leaves open is random. Objects keep a distance of one cell. A relation holds
     with the two objects wholly apart along its axis.
     """
     while True:
         background = spec.background
         if background is None:
             background = sample_background(rng, spec.objects)
-        objects = sample_scene_objects(rng, spec, background)
-        placed = place(rng, objects, spec.relation)
+        objects = sample_scene_objects(rng, spec, background, large)
+        placed = place(rng, objects, spec.relation, cells, margin)
         if placed:
             return Scene(background, placed)
 
 
-def sample_scene_objects(rng, spec, background):
+def sample_scene_objects(rng, spec, background, large):
     """-> list of SceneObjects without a place: at (0, 0)."""
     crowded = sum(o.count for o in spec.objects) > 2
     objects = []
     for wanted in spec.objects:
-        size = wanted.size or choose(rng, ("small", "large"))
+        size = wanted.size or ("large" if rng.random() < large else "small")
         if crowded and wanted.size is None:
             size = "small"
         for _ in range(wanted.count):
@@ -248,22 +261,31 @@ def sample_open_colour(rng, noun, background, objects):
     return choose(rng, [c for c in seen if c != background])
 
 
-def place(rng, objects, relation, tries=64):
-    """Place objects on the grid of CELLs, a CELL away from each other and from the picture's edge,
-    so that the relation holds -> tuple of SceneObjects, or None if none of `tries` draws fits."""
+def place(rng, objects, relation, cells, margin, tries=16):
+    """Place objects on the grid, a cell away from each other and `margin` cells from the picture's
+    edge, so that the relation holds -> tuple of SceneObjects, or None if none of `tries` draws
+    fits."""
     r = np.array([o.r for o in objects])                                           # (n,)
-    low = r[:, None] / CELL + 1
-    high = (1 - r[:, None]) / CELL
-    xy = CELL * rng.integers(low, high, (tries, len(objects), 2))                  # (tries, n, 2)
-    i, j = np.triu_indices(len(objects), 1)
+    width = np.ceil(2 * cells * r - 1e-9).astype(int)                              # (n,) in cells
+    end = cells - width - margin + 1
+    corner = rng.integers(margin, end[:, None], (tries, len(objects), 2))          # (tries, n, 2)
+    xy = (corner + width[:, None] / 2) / cells
+    i, j = pairs_of(len(objects))
     distance = np.abs(xy[:, i] - xy[:, j]).max(-1)                                 # (tries, pairs)
-    fits = (distance >= r[i] + r[j] + CELL).all(-1)                                # (tries,)
+    apart = r + 0.5 / cells - 1e-9
+    fits = (distance >= apart[i] + apart[j]).all(-1)                               # (tries,)
     if relation:
-        fits &= offset(relation, xy[:, 0].T, xy[:, 1].T) >= r[0] + r[1] + CELL
+        fits &= offset(relation, xy[:, 0].T, xy[:, 1].T) >= apart[0] + apart[1]
     if not fits.any():
         return None
     first = xy[fits.argmax()]                                                      # (n, 2)
     return tuple(replace(o, x=float(x), y=float(y)) for o, (x, y) in zip(objects, first))
+
+
+@lru_cache(maxsize=None)
+def pairs_of(number):
+    """The pairs i < j of `number` things -> two (pairs,) index arrays."""
+    return np.triu_indices(number, 1)
 
 
 def offset(relation, a, b):
@@ -318,7 +340,7 @@ def scene_labels(scene):
 # ------------------------------------------------------------------------------------------------
 # Pictures
 
-GLYPH_SIZE = 256
+REFERENCE = 1024                                   # pixels of a picture's side
 
 
 def ray_points(radii, number):
@@ -348,10 +370,10 @@ POLYGONS = {                                       # corners in [-1, 1], y downw
 
 @lru_cache(maxsize=None)
 def glyph(noun):
-    """A noun's mask as an L image of its bounding box, GLYPH_SIZE pixels along the longer side."""
-    image = Image.new("L", (512, 512))
+    """A noun's mask as an L image of its bounding box, about 960 pixels along the longer side."""
+    image = Image.new("L", (1024, 1024))
     pen = ImageDraw.Draw(image)
-    c, r = 256, 240
+    c, r = 512, 480
     if noun in POLYGONS:
         pen.polygon([(c + r * x, c + r * y) for x, y in POLYGONS[noun]], fill=255)
     elif noun == "circle":
@@ -362,10 +384,25 @@ def glyph(noun):
         pen.rectangle((c - r, c - r / 3, c + r, c + r / 3), fill=255)
         pen.rectangle((c - r / 3, c - r, c + r / 3, c + r), fill=255)
     else:
-        font = ImageFont.load_default(400)
-        pen.text((c, c), noun, font=font, fill=255, stroke_width=22, anchor="mm")
-    image = image.crop(image.getbbox())
-    return scaled(image, GLYPH_SIZE / max(image.size))
+        font = ImageFont.load_default(800)
+        pen.text((c, c), noun, font=font, fill=255, stroke_width=44, anchor="mm")
+    return image.crop(image.getbbox())
+
+
+@lru_cache(maxsize=4096)
+def object_mask(noun, r, size):
+    """A noun's mask in a picture of size x size pixels, as a square L image around its centre.
+
+    It is drawn for a picture of REFERENCE pixels and averaged over areas. The square's edges lie on
+    the grid of 16 cells if the object's do. So a picture of 64 pixels is exactly one of 256 pixels
+    averaged over 4 x 4 pixels, and both have the same tokens."""
+    image = glyph(noun)
+    image = scaled(image, 2 * r * REFERENCE / max(image.size))
+    cell = REFERENCE // 16
+    half = -(-max(image.size) // (2 * cell)) * cell
+    square = Image.new("L", (2 * half, 2 * half))
+    square.paste(image, (half - image.width // 2, half - image.height // 2))
+    return scaled(square, size / REFERENCE)
 
 
 def scaled(image, scale):
@@ -378,7 +415,7 @@ def render(scene, size):
     """Draw a Scene as an RGB image of size x size pixels with antialiased edges."""
     picture = Image.new("RGB", (size, size), COLOURS[scene.background])
     for o in scene.objects:
-        mask = scaled(glyph(o.noun), 2 * o.r * size / GLYPH_SIZE)
+        mask = object_mask(o.noun, o.r, size)
         left = round(o.x * size - mask.width / 2)
         top = round(o.y * size - mask.height / 2)
         picture.paste(COLOURS[o.colour], (left, top), mask)
@@ -404,44 +441,62 @@ def nearest_colours(picture):
 # Data sets: training examples, evaluation captions, edits
 
 
-def sample_example(rng, task=None, **mixture):
+def sample_example(rng, task=None, cells=16, margin=1, large=0.5, **mixture):
     """-> (caption, Scene, PromptSpec), none of it held out. `mixture`: keywords of sample_spec."""
     while True:
-        spec = sample_spec(rng, task, **mixture)
+        spec = sample_spec(rng, task, large=large, **mixture)
         caption = write_caption(rng, spec)
         if not is_held_out(caption):
-            return caption, sample_scene(rng, spec), spec
+            return caption, sample_scene(rng, spec, cells, margin, large), spec
 
 
-def sample_concept(rng, size):
+def sample_concept(rng, cells=16, letters=0.3, large=0.5, scale=1):
     """One object anywhere -> (caption, Scene, PromptSpec). It teaches what things are, before where
-    and how many they are. In a picture of under 64 pixels the object has twice the usual scale,
-    because it could hardly be recognised at the usual one."""
-    noun = sample_noun(rng, 0.3)
+    and how many they are. scale: of the object, 2 where the grid has half the usual cells."""
+    noun = sample_noun(rng, letters)
     colour = sample_colour(rng, noun)
     background = choose(rng, [c for c in COLOURS if c != colour])
     wanted = PromptObject(noun, colour if rng.random() < 0.75 else None)
     spec = PromptSpec("single", (wanted,), None, background if rng.random() < 0.6 else None)
-    cell = 2 * CELL if size < 64 else CELL
-    r = cell * choose(rng, (2, 3))
-    x, y = cell * rng.integers(round(r / cell), round((1 - r) / cell) + 1, 2)
-    scene = Scene(background, (SceneObject(noun, colour, float(x), float(y), r),))
-    return write_caption(rng, spec), scene, spec
+    r = scale * SIZES["large" if rng.random() < large else "small"]
+    placed = place(rng, [SceneObject(noun, colour, 0, 0, r)], None, cells, margin=0)
+    return write_caption(rng, spec), Scene(background, placed), spec
 
 
-def training_example(rng, size, concepts=0.0, augment_prob=0.25, **mixture):
+def sample_crowd(rng, cells=16, margin=1, letters=0.3, large=0.5):
+    """As many objects as fit side by side, half of them left out -> Scene. It has no caption. The
+    VQ model learns more of outlines from it than from a picture that is nearly all ground."""
+    background = choose(rng, tuple(COLOURS))
+    r = SIZES["large" if rng.random() < large else "small"]
+    width = round(2 * cells * r)
+    left, top = rng.integers(0, width + margin, 2) % (cells - width + 1)
+    objects = []
+    for row in range(top, cells - width + 1, width + margin):
+        for column in range(left, cells - width + 1, width + margin):
+            noun = sample_noun(rng, letters)
+            colour = sample_colour(rng, noun)
+            if colour != background and rng.random() < 0.5:
+                x, y = (column + width / 2) / cells, (row + width / 2) / cells
+                objects.append(SceneObject(noun, colour, x, y, r))
+    return Scene(background, tuple(objects))
+
+
+def training_example(rng, size, concepts=0.0, crowds=0.0, augment_prob=0.25, scale=1, **mixture):
     """One example -> picture uint8 (size, size, 3), caption, micro conditions (5,) float32. These
     are: original width and height, crop top and left, score.
 
     concepts      share of pictures with a single object, see sample_concept
+    crowds        share of pictures without a caption, see sample_crowd
     augment_prob  probability that the picture is a crop of a larger one, and that it is degraded.
                   The score of a degraded picture is up to 4 lower
-    mixture       keywords of sample_spec for the other pictures
+    scale         of the single objects
+    mixture       keywords of sample_example for the other pictures
     """
-    single = rng.random() < concepts
-    caption, scene, _ = sample_concept(rng, size) if single else sample_example(rng, **mixture)
-    while is_held_out(caption):
-        caption, scene, _ = sample_concept(rng, size)
+    if rng.random() < crowds:
+        shared = {name: mixture[name] for name in OF_GRID if name in mixture}
+        caption, scene = "", sample_crowd(rng, **shared)
+    else:
+        caption, scene = sample_pair(rng, concepts, scale, mixture)
     side, left, top, score = size, 0, 0, CLEAN_SCORE
     if rng.random() < augment_prob:
         side = int(rng.integers(size, size * 5 // 4 + 1))
@@ -454,17 +509,29 @@ def training_example(rng, size, concepts=0.0, augment_prob=0.25, **mixture):
     return np.asarray(picture), caption, np.array([side, side, top, left, score], np.float32)
 
 
+def sample_pair(rng, concepts, scale, mixture):
+    """-> caption, Scene, of a single object with probability `concepts`."""
+    if rng.random() >= concepts:
+        caption, scene, _ = sample_example(rng, **mixture)
+        return caption, scene
+    while True:
+        shared = {name: mixture[name] for name in OF_CONCEPTS if name in mixture}
+        caption, scene, _ = sample_concept(rng, scale=scale, **shared)
+        if not is_held_out(caption):
+            return caption, scene
+
+
 class ShapesSource:
-    """`number` training examples; example i comes from a generator seeded with (seed, stage, i).
+    """Training examples without end; example i comes from a generator seeded with (seed, stage, i).
     Implements the Source protocol of engine/data.py. `mixture`: keywords of training_example."""
 
-    def __init__(self, seed, stage, size, number, **mixture):
+    def __init__(self, seed, stage, size, **mixture):
         self.key = [seed, zlib.crc32(stage.encode()), 2 ** 32]
-        self.size, self.number, self.mixture = size, number, mixture
+        self.size, self.mixture = size, mixture
         self.skipped = []
 
     def __len__(self):
-        return self.number
+        return 2 ** 48
 
     def __getitem__(self, i):
         return training_example(np.random.default_rng([*self.key, i]), self.size, **self.mixture)
@@ -480,17 +547,23 @@ def sample_captions(seed, number=20_000):
     return [write_caption(rng, sample_spec(rng)) for _ in range(number)]
 
 
-def test_prompts(task, number, seed=0):
+def words_of(world_name):
+    """The keywords of sample_spec for one of WORLDS."""
+    return {name: value for name, value in WORLDS[world_name].items() if name in WORDS}
+
+
+def test_prompts(task, number, seed=0, **mixture):
     """`number` (caption, PromptSpec) pairs of a task that training never sees. The task "unseen"
-    has new colour-noun pairs. A task with fewer captions repeats them ("single" has 147)."""
+    has new colour-noun pairs. A task with fewer captions repeats them ("single" has 147).
+    `mixture`: keywords of sample_spec."""
     rng = np.random.default_rng([seed, zlib.crc32(task.encode())])
     pairs = {}
     draws_since_last = 0
     while len(pairs) < number and draws_since_last < 10_000:
         if task == "unseen":
-            spec = sample_spec(rng, "colours", unseen=True)
+            spec = sample_spec(rng, "colours", unseen=True, **mixture)
         else:
-            spec = sample_spec(rng, task)
+            spec = sample_spec(rng, task, **mixture)
         caption = write_caption(rng, spec)
         draws_since_last += 1
         if (task == "unseen" or is_held_out(caption)) and caption not in pairs:

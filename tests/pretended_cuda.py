@@ -210,6 +210,12 @@ class CaptureGraph:
         counts.launches = launches + 1            # one launch, whatever it holds
 
 
+def set_device(device):
+    """PyTorch 2.11 refuses a device without a number."""
+    if not isinstance(device, int) and torch.device(device).index is None:
+        raise ValueError(f"expected a torch.device with a specified index or an int, not {device}")
+
+
 @contextlib.contextmanager
 def capture(graph, pool=None, stream=None):
     counts.capturing = True
@@ -295,7 +301,8 @@ def pretended_cuda(chip=(9, 0), memory=80e9):
         is_available=lambda: True, device_count=lambda: 1, current_device=lambda: 0,
         get_device_capability=lambda device=None: chip,
         get_device_properties=lambda device=None: properties,
-        get_device_name=lambda device=None: "pretended", _lazy_init=nothing, set_device=nothing,
+        get_device_name=lambda device=None: "pretended", _lazy_init=nothing,
+        set_device=set_device,
         empty_cache=nothing, graph_pool_handle=nothing, graph=capture, CUDAGraph=CaptureGraph,
         current_stream=lambda device=None: Stream(), Stream=lambda *args, **kwargs: Stream(),
         stream=lambda stream: contextlib.nullcontext(),

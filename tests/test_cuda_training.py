@@ -41,8 +41,8 @@ def device(monkeypatch):
     pytest.param("4", ["--lora", 2], marks=pytest.mark.slow)), ids=str)
 def test_no_step_waits_for_the_gpu(tmp_path, monkeypatch, stage, flags):
     shrink(monkeypatch)
-    for settings in train.PRESETS["shapes"].values():
-        settings.update(pictures=16, quantize_from=2, adversary_from=4)
+    monkeypatch.setattr(train, "CAPTIONS_EVERY", 3)
+    train.PRESETS["tiny"]["vq"].update(quantize_from=2, adversary_from=4)
     out = copy_run(tmp_path / "run", "*.checkpoint.*", *(["vqvae"] if stage == "vq" else []))
     steps = 6
     with pretended_cuda() as counts:

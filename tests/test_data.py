@@ -5,6 +5,8 @@ import json
 import os
 import pickle
 import struct
+import subprocess
+import sys
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -13,7 +15,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from common import encoded, golden_tokenizer, noise, photos, tiny_vq, write
+from common import ROOT, encoded, golden_tokenizer, noise, photos, tiny_vq, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -630,6 +632,88 @@ def test_to_float():
 
 
 # ------------------------------------------------------------------------------------------------
+# Ahead of the loop
+
+
+def make_item(step, attempt):
+    """-> a str, an array and a tensor."""
+    rng = np.random.default_rng([step, attempt])
+    return f"{step} {attempt}", rng.random(3), torch.from_numpy(rng.random((2, 2)))
+
+
+@pytest.mark.parametrize("workers", (0, 2))
+def test_prefetched_items_are_those_of_direct_calls(workers):
+    """In turn, from any step and attempt on, and after the end."""
+    prefetch = data.Prefetch(make_item, 6, workers)
+    calls = [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (4, 1), (5, 1), (5, 1), (2, 2), (1, 0), (5, 2)]
+    for step, attempt in calls:
+        name, array, tensor = prefetch(step, attempt)
+        expected = make_item(step, attempt)
+        assert name == expected[0] and np.array_equal(array, expected[1])
+        assert torch.equal(tensor, expected[2]) and not tensor.is_shared()
+    assert prefetch.pool is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are for Linux")
+def test_items_are_made_ahead_up_to_the_last_step():
+    prefetch = data.Prefetch(make_item, 12, 2)
+    ahead = []
+    for step in range(12):
+        prefetch(step, 0)
+        ahead.append(len(prefetch.pending))
+    assert ahead == [7, 7, 7, 7, 7, 6, 5, 4, 3, 2, 1, 0]
+
+
+@pytest.mark.parametrize("workers", (0, 2))
+@pytest.mark.parametrize("error", (UserError("no picture"), PictureError("a.png: broken"),
+                                   KeyError("x")), ids=lambda error: type(error).__name__)
+def test_errors_of_workers_arrive_as_they_are(workers, error):
+    def make(step, attempt):
+        if step == 2:
+            raise error
+        return step
+
+    prefetch = data.Prefetch(make, 9, workers)
+    assert [prefetch(0, 0), prefetch(1, 0)] == [0, 1]
+    with pytest.raises(type(error)) as caught:
+        prefetch(2, 0)
+    assert caught.value.args == error.args
+
+
+SIGNALLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from engine import data
+seen = []
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: seen.append(number))
+prefetch = data.Prefetch(lambda step, attempt: os.getpid(), 30, 2)
+workers = {prefetch(0, 0)}
+for number in (signal.SIGINT, signal.SIGTERM):
+    os.killpg(os.getpgid(0), number)
+workers |= {prefetch(step, 0) for step in range(1, 30)}
+print(len(seen), os.getpid() in workers, any(os.path.exists(f"/proc/{pid}") for pid in workers))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are for Linux")
+def test_signals_are_for_the_main_process():
+    """Ctrl-C reaches the whole group: the workers go on, and end with the last step."""
+    done = subprocess.run([sys.executable, "-c", SIGNALLED, str(ROOT)], capture_output=True,
+                          text=True, timeout=60, start_new_session=True)
+    assert done.stdout.split() == ["2", "False", "False"], done.stderr
+
+
+@pytest.mark.parametrize("cores, processes, on_cpu, on_gpu", (
+    (2, 1, 1, 1), (16, 1, 1, 15), (64, 1, 1, 16), (64, 8, 1, 7), (4, 8, 1, 1)))
+def test_the_number_of_workers(monkeypatch, cores, processes, on_cpu, on_gpu):
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert data.worker_number(torch.device("cpu")) == on_cpu
+    assert data.worker_number(torch.device("cuda")) == on_gpu
+
+
+# ------------------------------------------------------------------------------------------------
 # Encoding
 
 
@@ -722,7 +806,7 @@ def test_worker_processes_read_the_same(tmp_path, monkeypatch):
     source = FileSource(photos(tmp_path / "photos", broken=(3, 7)), 0, 40)
     alone = encode(source, tmp_path / "alone")
     monkeypatch.setattr(data, "MIN_FOR_WORKERS", 1)
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)                               # one is left free
     loader = mock.Mock(wraps=data.DataLoader)
     monkeypatch.setattr(data, "DataLoader", loader)
     assert_same_tensors(encode(source, tmp_path / "run"), alone)
@@ -803,6 +887,7 @@ def test_tokens_are_read_across_files(tmp_path):
     assert torch.equal(ids, whole["tokens"].long() & 0xFFFF) and ids[1, 0, 0] == 65535
     assert torch.equal(text_ids, whole["text"].long())
     assert torch.equal(micro_conds, whole["micro"])
+    assert np.array_equal(dataset.indices([3, 0], 2, 4), epoch_indices([3, 0], 2, 4, 8))
 
 
 def test_each_example_comes_once_in_an_epoch():

@@ -12,6 +12,7 @@ import clip
 import kernels
 import meissonic
 import vq
+from engine import fast
 
 
 @pytest.fixture(params=KINDS)
@@ -77,6 +78,21 @@ def test_transformer(kind, n, monkeypatch):
     names = ("tokens", "hidden", "pooled", "micro_conds", "timestep")
     logits = model(*(want[f"tf.{n}.{name}"] for name in names))                     # (B, h, w, V)
     assert_close(logits.permute(0, 3, 1, 2), want[f"tf.{n}.logits"])
+
+
+@pytest.mark.parametrize("n", (0, 1, 2))
+def test_a_one_step_generator(n):
+    """At timestep 0, with the noise and the sigma of the golden file."""
+    want = expected("one_step")
+    model = meissonic.Transformer.from_pretrained(GOLDEN / "compressed" / "transformer")
+    noise = want[f"one.{n}.noise"].permute(0, 2, 3, 1)                              # (B, h, w, C)
+    sigma = want[f"one.{n}.sigma"].item()
+    names = ("hidden", "pooled", "micro_conds")
+    cond = meissonic.Conditioning(*(want[f"one.{n}.{name}"] for name in names))
+    for predictor in (meissonic.one_step_predictor, fast.one_step_predictor):
+        logits = predictor(model, cond)(
+            want[f"one.{n}.tokens"], lambda x: meissonic.perturb(x, noise, sigma))  # (B, N, V)
+        assert_close(logits.mT.reshape_as(want[f"one.{n}.logits"]), want[f"one.{n}.logits"])
 
 
 # -------------------------------------------------------------------------------------------------

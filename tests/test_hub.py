@@ -16,6 +16,7 @@ import torch
 from common import GOLDEN_MODEL, SMALL_RUN, assert_refused, open_picture, shell, tree
 from safetensors import safe_open
 
+import meissonic
 from engine import hub
 from engine.checkpoint import UserError
 from engine.pipeline import Pipeline
@@ -40,6 +41,18 @@ def test_names_of_models(monkeypatch):
     assert hub.find_model("shapes", torch.device("cuda"), torch.float32)[0] == hub.BUNDLED
     assert hub.find_model(str(GOLDEN_MODEL), CPU, torch.float32)[0] == GOLDEN_MODEL
     assert len(asked) == 3
+
+
+def test_dimo_has_a_transformer_and_meissonic_the_rest(monkeypatch):
+    asked = []
+    monkeypatch.setattr(hub, "cached", lambda repo, parts, dtype: asked.append((repo, [*parts]))
+                        or Path(repo))
+    model = hub.find_model("dimo", CPU, torch.float32)
+    assert asked == [("Yuanzhi/DiMO", ["meissonic/transformer"]),
+                     ("MeissonFlow/Meissonic", ["vqvae", "text_encoder"])]
+    assert model.transformer == Path("Yuanzhi/DiMO/meissonic/transformer")
+    assert model.folder == Path("MeissonFlow/Meissonic") and model.schedule == meissonic.OneStep()
+    assert model.text_encoder == model.folder / "text_encoder" and model.negative == ""
 
 
 def test_auto_without_a_gpu(monkeypatch):

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from common import photos
 from safetensors.torch import load_file
 from tiny_training import (RESULTS, TEXT_WEIGHTS, TRANSFORMER_WEIGHTS, VQ_WEIGHTS,
                            assert_same_tensors, command, contents, copy_run, losses, refused,
@@ -26,7 +27,7 @@ def tiny(monkeypatch):
 @pytest.fixture
 def model(tmp_path):
     """A whole model, as somebody else would hand it on."""
-    return copy_run(tmp_path / "model", "tokens", "*.checkpoint.*", "*.png")
+    return copy_run(tmp_path / "model", "*.checkpoint.*", "*.png")
 
 
 def change_vq(folder):
@@ -57,16 +58,17 @@ def test_a_model_is_not_written_over_by_another(model, tmp_path, capsys, argumen
     out = copy_run(tmp_path / "run")
     change_vq(model)
     before = contents(out)
+    arguments += ["--data", photos(tmp_path / "photos", number=2)]
     assert "another vqvae" in refused(capsys, "--out", out, "--init", model, *arguments)
     assert contents(out) == before
 
 
 def test_a_model_may_be_named_again(model, tmp_path):
     """First to encode, then to train. An interrupted copy is begun again."""
-    out = tmp_path / "run"
+    out, data = tmp_path / "run", ["--data", photos(tmp_path / "photos", number=8)]
     shutil.copytree(model / "vqvae", out / ".meissonic-4194305-0a")
-    command("--out", out, "--init", model, "--stage", "1", "--encode")
-    command("--out", out, "--init", model, "--stage", "1", "--steps", 2)
+    command("--out", out, "--init", model, "--stage", "1", "--encode", *data)
+    command("--out", out, "--init", model, "--stage", "1", "--steps", 2, *data)
     assert_same_tensors(model, out, VQ_WEIGHTS)
     assert not list(out.glob(".*"))
     before, after = load_file(model / TRANSFORMER_WEIGHTS), load_file(out / TRANSFORMER_WEIGHTS)
@@ -116,8 +118,8 @@ def test_parts_that_do_not_fit_are_refused_before_encoding(model, tmp_path, caps
     config = vq.VQModel.from_pretrained(model / "vqvae").config
     config.num_vq_embeddings += 1
     vq.VQModel(config).save_pretrained(model / "vqvae")
-    out = tmp_path / "run"
-    assert "codes" in refused(capsys, "--out", out, "--init", model, "--stage", "1")
+    out, data = tmp_path / "run", ["--data", photos(tmp_path / "photos", number=2)]
+    assert "codes" in refused(capsys, "--out", out, "--init", model, "--stage", "1", *data)
     assert not (out / "tokens").exists()
 
 
@@ -126,8 +128,8 @@ def test_a_run_says_which_sizes_of_the_preset_it_does_not_use(model, tmp_path, m
     arguments = "--init", model, "--stage", "1", "--steps", 1, "--out"
     command(*arguments, tmp_path / "same")
     assert "keeps its sizes" not in capsys.readouterr().err
-    larger = train.MODELS["shapes"]["transformer"] | dict(num_layers=3)
-    monkeypatch.setitem(train.MODELS["shapes"], "transformer", larger)
+    larger = train.MODELS["tiny"]["transformer"] | dict(num_layers=3)
+    monkeypatch.setitem(train.MODELS["tiny"], "transformer", larger)
     command(*arguments, tmp_path / "other")
     err = capsys.readouterr().err
     assert "num_layers 1, not 3" in err and err.count("keeps its sizes") == 1
@@ -158,7 +160,7 @@ def test_a_frozen_text_encoder_stays_as_it_is(tmp_path, monkeypatch):
     encoder.text_projection.weight += 1e-5 * torch.rand_like(encoder.text_projection.weight)
     encoder.save_pretrained(out / "text_encoder")
     before = (out / TEXT_WEIGHTS).read_bytes()
-    monkeypatch.setitem(train.PRESETS["shapes"]["3"], "text_lr", 0.0)
+    monkeypatch.setitem(train.PRESETS["tiny"]["3"], "text_lr", 0.0)
     command("--out", out, "--stage", "3", "--steps", 1)
     assert (out / TEXT_WEIGHTS).read_bytes() == before
     assert load_file(out / TEXT_WEIGHTS)["text_projection.weight"].dtype == torch.float32
@@ -187,7 +189,7 @@ def test_a_frozen_text_encoder_must_be_there(tmp_path, capsys):
     message = refused(capsys, "--out", tmp_path, "--preset", "paper")
     assert "--init" in message and "--stage text" not in message
     assert not list(tmp_path.iterdir())
-    run = Run(tmp_path, train.PRESETS["cpu"], preset="cpu")
+    run = Run(tmp_path, {"text": {}, "1": {"text_lr": 0.0}})
     with pytest.raises(UserError, match="--stage text"):
         check_stages(run, ["1"])
     check_stages(run, ["text", "1"])

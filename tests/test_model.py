@@ -86,6 +86,9 @@ def run_everything():
     meissonic.sample(predict, ids, mask, [0, 1], plan)
     rerank.remask(predict, drawn, torch.arange(24).expand(2, -1), mask, [0, 1], plan, 1)
     rerank.token_saliency(model, drawn, cond, uncond, "rate")
+    for predictor in (meissonic.one_step_predictor, fast.one_step_predictor):
+        predict = predictor(model, cond)
+        meissonic.sample_one_step(predict, ids, model.config, [0, 1], meissonic.OneStep())
 
 
 def test_shape_comments_are_true():

@@ -55,7 +55,7 @@ def test_a_process_takes_its_own_gpu_first(monkeypatch, visible, chosen):
 
 def train_alike(base, tmp_path, runs, *arguments):
     """{name: (processes, flags)} -> {name: losses}, each run on a copy of `base`."""
-    exact = script(tmp_path / "exact.py", EXACT)
+    exact = script(tmp_path / "exact.py", EXACT + "\ntrain.CAPTIONS_EVERY = 3")
     found = {}
     for name, (processes, flags) in runs.items():
         out = tmp_path / name

@@ -101,7 +101,7 @@ def test_a_transformer_stage_resumes_alike(tmp_path, monkeypatch):
     """In a stage with sums of logged values between saves, and a frozen text encoder."""
     for name in ("whole", "stopped"):
         arguments = "--out", copy_run(tmp_path / name, "*.checkpoint.*"), "--stage", "3"
-        monkeypatch.setitem(train.PRESETS["shapes"]["3"], "text_lr", 0.0)
+        monkeypatch.setitem(train.PRESETS["tiny"]["3"], "text_lr", 0.0)
         if name == "stopped":
             interrupt(monkeypatch, 2, signal.SIGTERM, *arguments)
             arguments += "--resume",
@@ -122,7 +122,7 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
 def test_codes_restart_alike_after_an_interruption(out, tmp_path, monkeypatch):
     """The count of the codes in use outlives a stop between two restarts."""
     settings = STAGES["vq"] | dict(steps=130, adversary_from=130)
-    monkeypatch.setitem(train.PRESETS["shapes"], "vq", settings)
+    monkeypatch.setitem(train.PRESETS["tiny"], "vq", settings)
     restart_dead_codes, moved = vq_training.restart_dead_codes, []
 
     def spy(codebook, unused, *rest):
@@ -140,6 +140,7 @@ def test_codes_restart_alike_after_an_interruption(out, tmp_path, monkeypatch):
 
 def test_halves_of_files_are_removed(tmp_path):
     out = copy_run(tmp_path / "run")
+    (out / "tokens/4").mkdir(parents=True)
     gone = 2 ** 22 + 1                            # no process has such a number
     for half in (f".meissonic-{gone}-0a", f"transformer/.meissonic-{gone}-0b",
                  f"tokens/4/.meissonic-{gone}-0c"):
@@ -236,8 +237,8 @@ def test_bad_steps_are_dropped_then_the_checkpoint_is_loaded(out, monkeypatch):
 
 def test_a_dropped_step_changes_no_weight(out, monkeypatch):
     """AdamW's weights, moments and step counter; the codes in use are counted all the same."""
-    monkeypatch.setitem(train.PRESETS["shapes"]["vq"], "steps", 7)
-    monkeypatch.setitem(train.PRESETS["shapes"]["vq"], "quantize_from", 6)
+    monkeypatch.setitem(train.PRESETS["tiny"]["vq"], "steps", 7)
+    monkeypatch.setitem(train.PRESETS["tiny"]["vq"], "quantize_from", 6)
     poison(monkeypatch, (5, 6))
     interrupt(monkeypatch, 4, signal.SIGTERM, "--out", out, "--stage", "vq")
     before = load_file(resume.checkpoints(out, "vq")[-1])
@@ -278,8 +279,8 @@ def test_a_rate_that_breaks_the_model_writes_no_broken_weights(out, capsys):
 
 def test_a_stage_whose_steps_were_all_dropped_is_an_error(out, monkeypatch, capsys):
     """Two steps are too few to go back. The stage is not over: --resume does it."""
-    monkeypatch.setitem(train.PRESETS["shapes"]["vq"], "steps", 2)
-    monkeypatch.setitem(train.PRESETS["shapes"]["vq"], "quantize_from", 1)
+    monkeypatch.setitem(train.PRESETS["tiny"]["vq"], "steps", 2)
+    monkeypatch.setitem(train.PRESETS["tiny"]["vq"], "quantize_from", 1)
     with monkeypatch.context() as patch:
         poison(patch, (1, 2))
         message = refused(capsys, "--out", out, "--stage", "vq")
@@ -403,13 +404,13 @@ def test_pictures_that_cannot_be_written_are_a_note(out, monkeypatch, capsys):
 
 def test_a_sheet_that_cannot_be_written_is_a_note(tmp_path, capsys):
     """Neither a folder in its way nor a model that draws NaN ends the run."""
-    run = Run(copy_run(tmp_path / "run"), train.PRESETS["shapes"])
+    run = Run(copy_run(tmp_path / "run"), train.PRESETS["tiny"])
     sheet = FileRecipe(run)
-    sheet.sheet_captions = lambda stage: ["a red circle"] * 20
+    sheet.sheet_captions = lambda stage, number: ["a red circle"] * number
     (run.out / "sheet.png").mkdir()
-    recipe.evaluate(run, sheet, "4", 2)
+    assert recipe.evaluate(run, sheet, "4", 2) is None
     (run.out / "transformer/config.json").write_text("{")
-    recipe.evaluate(run, sheet, "4", 2)
+    assert recipe.evaluate(run, sheet, "4", 2) is None
     assert capsys.readouterr().err.count("note: sheet.png could not be written") == 2
 
 
@@ -427,19 +428,26 @@ class Slow:
         time.sleep(0.1)
         return b"x" * 10 ** 6
 batches = [list(range(i, i + 4)) for i in range(0, 4000, 4)]
-data.os.cpu_count = lambda: 2
-files = [data.TokenFile(None, {}, batches)]
-loader = data._read_batches(Slow(), files, True)
-next(loader)
-print(*[worker.pid for worker in loader._workers], flush=True)
+data.os.cpu_count = lambda: 3
+if sys.argv[3] == "files":
+    files = [data.TokenFile(None, {}, batches)]
+    loader = data._read_batches(Slow(), files, True)
+    next(loader)
+    print(*[worker.pid for worker in loader._workers], flush=True)
+else:
+    pictures = data.Prefetch(lambda step, attempt: Slow()[step], 1000, 2)
+    pictures(0, 0)
+    print(*pictures.pool._processes, flush=True)
 os.kill(os.getpid(), int(sys.argv[2]))
 """
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="processes are looked up in /proc")
-@pytest.mark.parametrize("number", (signal.SIGKILL, signal.SIGTERM))
-def test_readers_end_with_their_parent(number):
-    command = [sys.executable, "-c", ORPHANS, str(ROOT), str(int(number))]
+@pytest.mark.parametrize("what, number", (
+    ("files", signal.SIGKILL), ("files", signal.SIGTERM), ("drawn", signal.SIGKILL)))
+def test_readers_end_with_their_parent(what, number):
+    """Those that read files, and those that draw pictures."""
+    command = [sys.executable, "-c", ORPHANS, str(ROOT), str(int(number)), what]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60)
     workers = [int(pid) for pid in done.stdout.split()]
     assert done.returncode == -number and len(workers) == 2

@@ -147,7 +147,7 @@ def test_a_picture_gives_neither_places_nor_numbers_of_pictures(tmp_path):
 @pytest.mark.parametrize("name, text", (
     ("batch", "1000000000"), ("batch", "0"), ("size", "999999x999999"), ("size", "9" * 5000),
     ("best-of", "99999"), ("remask", "99999"), ("steps", "99999"), ("cfg", "1e39"), ("cfg", "nan"),
-    ("temperature", "1"), ("temperature", "1 2 3"), ("temperature", "nan 0"), ("seed", "²"),
+    ("temperature", "nan 0"), ("seed", "²"),
     ("batch", "²"), ("strength", "-1"), ("feather", "9999"), ("schedule", "sine"),
     ("dtype", "int4"), ("image", "a\ud800b\0.png"), ("model", "\0"), ("steps", "")))
 def test_settings_of_a_picture_have_bounds(tmp_path, name, text):

@@ -42,18 +42,16 @@ MODEL = dict(
               projection_dim=16, max_position_embeddings=32),
     sampling=dict(steps=4, cfg=3.0))
 STAGES = {                                        # f = 2: 8 x 8 tokens, then 16 x 16 compressed
-    "vq": dict(size=SIZE, steps=STEPS, batch=8, lr=2e-3, quantize_from=5, adversary_from=20,
-               pictures=64),
-    "1": dict(size=SIZE, steps=STEPS, batch=8, lr=1e-3, text_lr=0.3, compress=False, pictures=200,
-              concepts=1.0),
-    "3": dict(size=2 * SIZE, steps=4, batch=8, lr=1e-3, text_lr=0.3, compress=True, pictures=40),
-    "4": dict(size=2 * SIZE, steps=2, batch=8, lr=1e-4, text_lr=1.0, compress=True, pictures=40)}
+    "vq": dict(size=SIZE, steps=STEPS, batch=8, lr=2e-3, quantize_from=5, adversary_from=20),
+    "1": dict(size=SIZE, steps=STEPS, batch=8, lr=1e-3, text_lr=0.3, compress=False, concepts=1.0),
+    "3": dict(size=2 * SIZE, steps=4, batch=8, lr=1e-3, text_lr=0.3, compress=True),
+    "4": dict(size=2 * SIZE, steps=2, batch=8, lr=1e-4, text_lr=1.0, compress=True)}
 
 
 def shrink(patch):
-    """Make the preset "shapes" tiny, log every step, and draw no sheets."""
-    patch.setitem(train.MODELS, "shapes", {name: dict(config) for name, config in MODEL.items()})
-    patch.setitem(train.PRESETS, "shapes", {name: dict(stage) for name, stage in STAGES.items()})
+    """Make the preset "tiny" much smaller still, log every step, and draw no sheets."""
+    patch.setitem(train.MODELS, "tiny", {name: dict(config) for name, config in MODEL.items()})
+    patch.setitem(train.PRESETS, "tiny", {name: dict(stage) for name, stage in STAGES.items()})
     patch.setattr(log, "LINE_EVERY", 1)
     patch.setattr(log, "draw_losses", draw_some_losses)
     patch.setattr(train, "evaluate", lambda *arguments: None)
@@ -66,8 +64,8 @@ def draw_some_losses(out, draw=log.draw_losses):
 
 
 def command(*arguments):
-    """train.py in this process."""
-    every = ("--eval-every", "1000", "--save-every", str(SAVE))
+    """train.py in this process, with the preset "tiny" on any machine."""
+    every = ("--preset", "tiny", "--eval-every", "1000", "--save-every", str(SAVE))
     train.main([*every, *map(str, arguments)])
 
 

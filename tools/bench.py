@@ -1,6 +1,6 @@
 """Check and time this machine: kernels, pictures, training steps.
 
-    python -m tools.bench --gpu            # everything on a CUDA GPU, 8 minutes at most
+    python -m tools.bench --gpu            # everything on a CUDA GPU, 9 minutes at most
     python -m tools.bench --gpu --seconds 220
     python -m tools.bench                  # the same on what is there; on a CPU small sizes
     python -m tools.bench --kernels        # one part: --kernels, --picture or --training
@@ -15,6 +15,8 @@ early end loses nothing. On a GPU:
     picture     1024 px at the published sizes, random weights: plain, fast, int8, fp8
     kernels     each kernel, its plain function, torch.compile and the library's paths
     training    steps of each preset: plain, with the kernels, compiled
+    one-step    1024 px at the published sizes in one step and in 48; on a CPU as well, where it
+                takes 3 minutes and 6 GB of memory
 """
 import os
 import subprocess
@@ -31,9 +33,10 @@ from kernels._triton import triton
 from tools.bench_timing import Report, ceilings
 
 # name -> seconds at most, if --seconds is their sum
-PARTS = {"card": 20, "tokens": 50, "check": 70, "picture": 150, "kernels": 100, "training": 90}
-GROUPS = {"kernels": ("card", "check", "kernels"), "picture": ("card", "tokens", "picture"),
-          "training": ("card", "training")}
+PARTS = {"card": 20, "tokens": 50, "check": 70, "picture": 150, "kernels": 100, "training": 90,
+         "one-step": 40}
+GROUPS = {"kernels": ("card", "check", "kernels"), "training": ("card", "training"),
+          "picture": ("card", "tokens", "picture", "one-step")}
 
 
 @script("tools.bench")
@@ -96,6 +99,9 @@ def run_part(name, report, device, start):
     if name == "picture":
         from tools.bench_picture import time_pictures
         return time_pictures(report, device, start)
+    if name == "one-step":
+        from tools.bench_one_step import time_one_step
+        return time_one_step(report, device, start)
     if name == "training":
         from tools.bench_training import time_training
         return time_training(report, device, start)

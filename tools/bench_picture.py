@@ -15,7 +15,7 @@ import clip
 import meissonic
 import vq
 from engine import fast
-from engine.hub import BUNDLED
+from engine.hub import BUNDLED, default_dtype
 from engine.pipeline import Pipeline
 from engine.quantize import quantize
 from tools.bench_timing import ceilings, now, peak_memory, plain_kernels, reset_peak_memory
@@ -65,8 +65,7 @@ class Setup:
 def make_setup(device):
     """The published sizes on a GPU, else those of the bundled model."""
     if device.type == "cuda":
-        configs = meissonic.Config(), clip.Config(), vq.Config()
-        return Setup(device, torch.bfloat16, *configs, size=1024, length=77)
+        return published_setup(device)
     pipe = Pipeline(BUNDLED)
     parts = {"transformer": meissonic.Transformer, "text_encoder": clip.TextEncoder,
              "vqvae": vq.VQModel}
@@ -74,6 +73,12 @@ def make_setup(device):
                for part, kind in parts.items()]
     length = pipe.tokenizer.length
     return Setup(device, torch.float32, *configs, size=pipe.size[0], length=length)
+
+
+def published_setup(device):
+    dtype, _ = default_dtype(device)
+    configs = meissonic.Config(), clip.Config(), vq.Config()
+    return Setup(device, dtype, *configs, size=1024, length=77)
 
 
 def time_pictures(report, device, start):

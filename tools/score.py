@@ -12,6 +12,7 @@ import sample
 from engine.cli import number_of_pictures, say, script
 from engine.jobs import load_pipeline, schedule_of
 from shapes.score import score_edits, score_tasks
+from shapes.world import WORLDS
 
 
 @script("tools.score", out_of_memory=sample.OUT_OF_MEMORY)
@@ -20,6 +21,9 @@ def main(argv=None):
     parser.set_defaults(n=100)
     parser.add_argument("--edits", type=number_of_pictures, nargs="?", const=20, metavar="N",
                         help="score N edits of each kind, in place of captions (default N: 20)")
+    parser.add_argument("--world", choices=WORLDS, default="full",
+                        help="whose captions: tiny for a model of train.py --preset tiny "
+                             "(default: full)")
     args = parser.parse_args(argv)
     pipe = load_pipeline(args)
     settings = {
@@ -33,7 +37,7 @@ def main(argv=None):
     if args.edits:
         print_edits(score_edits(pipe, args.edits, args.strength, **settings))
     else:
-        for task, right in score_tasks(pipe, args.n, **settings).items():
+        for task, right in score_tasks(pipe, args.n, world_name=args.world, **settings).items():
             say(f"{task:12} {right:.2f}")
 
 

@@ -109,7 +109,7 @@ def change_setting(run, name, text):
     """-> a Run with one setting of AXES changed; the models are shared."""
     value = AXES[name](text)
     if name == "temperature":
-        value = (value, run.args.temperature[1])
+        value = (value, *run.args.temperature[1:])            # of one step there is no second
     args = copy.copy(run.args)
     setattr(args, name.replace("-", "_"), value)
     edit = run.edit and replace(run.edit, strength=args.strength)
