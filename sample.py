@@ -5,7 +5,7 @@
     python sample.py --model dimo --prompt "a lighthouse in a storm"      # the same in one step
     python sample.py --prompt "a star" "a heart" --n 4 --seed 7 --steps 32 --cfg 5 --out pictures
     python sample.py --image P --mask M --prompt "a star"         # redraw where M is white
-    python sample.py --image P --outpaint 0,0,64,0                # a canvas 64 pixels wider
+    python sample.py --image P --outpaint 0,0,256,0               # a canvas 256 pixels wider
     python sample.py --image P --prompt "a blue star" --source "a red star"  # where they differ
     python sample.py --like out/a-star-0.png --cfg 5              # as before, one setting changed
 
@@ -44,7 +44,7 @@ def make_parser(prog="sample.py", description=__doc__):
     add("--seed", type=seed, default=0,
         help="the same seed gives the same picture; -1 draws one (default: 0)")
     add("--size", type=size, metavar="N|WxH",
-        help="pixels (default: the model's; 1024 for meissonic, 64 for shapes)")
+        help="pixels (default: the model's; 1024 for meissonic, 256 for shapes)")
     add("--out", type=path, default=Path("out"), metavar="PATH",
         help="a .png file for one picture, else a folder, where no file is replaced (default: out)")
     add("--like", type=path, metavar="FILE.png",
@@ -52,7 +52,7 @@ def make_parser(prog="sample.py", description=__doc__):
 
     add = p.add_argument_group("sampling").add_argument
     add("--steps", type=number_of_steps,
-        help="sampling steps (default: the model's; 48 for meissonic, 32 for shapes)")
+        help="sampling steps (default: the model's; 48 for meissonic, 24 for shapes)")
     add("--cfg", type=finite,
         help="guidance scale, 1 is none (default: the model's; 9 for meissonic, 1.5 for shapes)")
     add("--temperature", type=finite, nargs="+", metavar=("A", "B"),
@@ -63,10 +63,10 @@ def make_parser(prog="sample.py", description=__doc__):
         help="how the number of masked tokens falls over the steps (default: the model's, cosine)")
     add("--remask", type=number_of_passes, metavar="N",
         help="passes that mask a random quarter of the finished tokens and draw them again "
-             "(default: the model's; 0 for meissonic, 4 for shapes)")
+             "(default: the model's; 0 for meissonic, 2 for shapes)")
     add("--best-of", type=number_of_candidates, metavar="N",
         help="candidates drawn for each picture; the one that fits its prompt best is kept "
-             "(default: the model's; 1 for meissonic, 8 for shapes)")
+             "(default: the model's, 1)")
     add("--score-condition", type=finite,
         help="aesthetic score to ask for (default: the model's, 6)")
 

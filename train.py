@@ -54,9 +54,9 @@ from engine.vq_training import vq_task
 # --------------------------------------------------------------------------------------------------
 # Presets. Stages 1 to 4: pixels along a side, batch, steps, peak learning rate, the text encoder's
 # share of it (0: frozen), compression layers. Stage vq: the steps from which latents are quantised
-# and from which the discriminator takes part. Stage one-step: the teacher's guidance. More: floor is the share of the peak at which the
-# cosine ends (1: a fixed rate, as in the paper). The rest is for pictures of shapes:
-# shapes/recipe.py.
+# and from which the discriminator takes part. Stage one-step: the teacher's guidance. More: floor
+# is the share of the peak at which the cosine ends (1: a fixed rate, as in the paper). The rest is
+# for pictures of shapes: shapes/recipe.py.
 
 TEXT = "batch steps lr"
 VQ = "size batch steps lr quantize_from adversary_from"
@@ -71,18 +71,19 @@ def row(columns, *values, **more):
 CLEAN = dict(augment_prob=0.0)                    # no blurred or noisy pictures
 FIXED = dict(floor=1)
 TINY = dict(world="tiny", **CLEAN)                # 8 x 8 tokens, no letters, at most three objects
-PATCH_CODES = dict(patch_codes=(8, 64))           # colours, outlines: see shapes/codebook.py
 PRESETS = {
     "tiny": {                                     # two CPU cores, 15 minutes
         "text": row(TEXT, 64, 600, 1.5e-3, **TINY),
-        "vq": row(VQ, 64, 8, 2000, 4e-3, 0, 2000, crowds=0.5, **TINY, **PATCH_CODES),
-        "1": row(STAGE, 64, 32, 1000, 1.5e-3, 0.0, True, concepts=1.0, **TINY),
-        "2": row(STAGE, 64, 32, 4000, 1.5e-3, 0.0, True, concepts=0.2, **TINY),
+        "vq": row(VQ, 64, 8, 1500, 4e-3, 0, 1500, crowds=0.5, patch_codes=(8, 36),
+                  **TINY),
+        "1": row(STAGE, 64, 16, 1500, 1.5e-3, 0.0, True, concepts=1.0, **TINY),
+        "2": row(STAGE, 64, 16, 3300, 1.5e-3, 0.0, True, concepts=0.2, **TINY),
         "one-step": row(ONE_STEP, 64, 32, 2000, 2e-4, 2.0, **TINY),
     },
     "small": {                                    # the bundled model: minutes on a GPU
         "text": row(TEXT, 256, 3000, 1e-3),
-        "vq": row(VQ, 256, 32, 2000, 2e-3, 0, 2000, concepts=0.2, **CLEAN, **PATCH_CODES),
+        "vq": row(VQ, 256, 32, 2000, 2e-3, 0, 2000, concepts=0.2, patch_codes=(8, 64),
+                  **CLEAN),
         "1": row(STAGE, 128, 1024, 600, 2e-3, 0.0, True, concepts=1.0, scale=2, cells=8, views=2,
                  **CLEAN),
         "2": row(STAGE, 256, 1024, 800, 2e-3, 0.0, True, concepts=0.6, views=2, **CLEAN),
@@ -110,13 +111,14 @@ SMALL_TRANSFORMER = dict(num_layers=3, num_single_layers=6, num_attention_heads=
                          axes_dims_rope=(8, 12, 12), codebook_size=1800, vocab_size=1801)
 TINY_TEXT = SMALL_TEXT | dict(projection_dim=128, max_position_embeddings=24)
 TINY_TRANSFORMER = SMALL_TRANSFORMER | dict(num_layers=2, num_single_layers=4,
-                                            num_attention_heads=4, pooled_projection_dim=128)
+                                            num_attention_heads=4, pooled_projection_dim=128,
+                                            codebook_size=1016, vocab_size=1017)
 MODELS = {                                        # configs; what they leave out is as published
-    "tiny": dict(vq=SMALL_VQ | dict(block_out_channels=(16, 16, 32, 64)),
+    "tiny": dict(vq=SMALL_VQ | dict(block_out_channels=(16, 16, 32, 64), num_vq_embeddings=1016),
                  transformer=TINY_TRANSFORMER, text=TINY_TEXT,
-                 sampling=dict(steps=16, cfg=2.0, temperature=(4.0, 0.0), remask=2)),
+                 sampling=dict(steps=32, cfg=2.0, temperature=(4.0, 0.0), remask=2)),
     "small": dict(vq=SMALL_VQ, transformer=SMALL_TRANSFORMER, text=SMALL_TEXT,
-                  sampling=dict(steps=32, cfg=1.5, temperature=(4.0, 0.0), remask=4)),
+                  sampling=dict(steps=24, cfg=1.5, temperature=(4.0, 0.0), remask=2)),
     "paper": dict(vq={}, transformer={}, text={}, sampling=dict(steps=48, cfg=9.0)),
 }
 
@@ -339,7 +341,7 @@ def fit(run, task, ema_decay=0.999, max_norm=1.0):
     SIGTERM and Ctrl-C save first."""
     model = run.parallelize(task.module)          # and compiled, with --compile
     groups = [group for group in task.param_groups() if group["params"]]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+    optimizer = torch.optim.AdamW(groups, betas=task.betas, fused=True)
     state = resume.TrainingState(task.module, optimizer)
     resume.begin(run, task, state)                # load the last checkpoint, or write the first
     log = Log(run, task.name, state.step, task.steps, task.batch)
@@ -393,11 +395,10 @@ def run_stage(run, recipe, stage):
     elif stage == "text":
         task = recipe.text_task(build_model(run, recipe, configs, text_lr=1.0).text_encoder)
     elif stage == "one-step":
-        model = build_model(run, recipe, configs)
-        check_fit(run, model)
+        text_encoder = build_model(run, recipe, configs).text_encoder
         batches = masked_batches(run, recipe.dataset(stage), stage, cond_drop_prob=0.0)
         batches = Prefetch(batches, settings["steps"], worker_number(run.device))
-        task = distillation_task(run, model.text_encoder, batches, evaluation(run, recipe, stage))
+        task = distillation_task(run, text_encoder, batches, evaluation(run, recipe, stage))
     else:
         model = build_model(run, recipe, configs, settings["text_lr"], settings["compress"])
         check_fit(run, model)

@@ -110,17 +110,27 @@ def check_stages(run, stages):
     for stage in stages:
         settings = run.stages.get(stage, {})
         run.rank_slice(range(settings.get("batch", 0)))
-        if not has_text and not settings.get("text_lr", 1):
+        if not has_text and not settings.get("text_lr", stage != "one-step"):
             hint = "begin with --stage text, or " if "text" in run.stages else ""
             raise UserError(f"{run.out / 'text_encoder'}: not there, and stage {stage} does not "
                             f"train it: {hint}--init a model that has one")
         has_text = has_text or stage not in ("tokenizer", "vq")
+        if stage.isdigit() and is_one_step(run.out):
+            raise UserError(f"--out {run.out} holds a one-step generator: stage {stage} trains a "
+                            "model of many steps")
     if "one-step" in stages and not (run.out / "transformer").is_dir():
         raise UserError(f"stage one-step starts from a model: {run.out / 'transformer'} is not "
                         "there; --init says which")
     if run.lora and not (run.out / "transformer").is_dir():
         raise UserError(f"--lora trains terms of a model: {run.out / 'transformer'} is not there; "
                         "--init says which")
+
+
+def is_one_step(folder):
+    """Whether a model folder says that it holds a one-step generator."""
+    scheduler = folder / "scheduler"
+    has_config = (scheduler / "scheduler_config.json").is_file()
+    return has_config and meissonic.OneStep.from_pretrained(scheduler) is not None
 
 
 def is_finished(run, stage, encode_only):

@@ -78,7 +78,7 @@ def parse_arguments(presets, stages, description, argv=None, name="train.py"):
 def check_arguments(parser, args, stages):
     """Combinations that mean nothing."""
     if args.steps and args.stage in (None, "tokenizer"):
-        parser.error("--steps needs --stage, one of text, vq, 1, 2, 3, 4")
+        parser.error("--steps needs --stage, one of text, vq, 1, 2, 3, 4, one-step")
     if args.stage not in (None, "tokenizer", *stages):
         parser.error(f"the preset {args.preset} has no stage {args.stage}")
     if args.lr is not None and args.lr <= 0:
@@ -87,8 +87,8 @@ def check_arguments(parser, args, stages):
         parser.error("--text-encoder wants --init")
     if args.encode and args.data == "shapes":
         parser.error("--encode is for picture files: those of shapes are drawn as they are needed")
-    if args.lora and not args.stage:
-        parser.error("--lora wants --stage: it trains one")
+    if args.lora and args.stage not in ("1", "2", "3", "4"):
+        parser.error("--lora wants --stage: 1, 2, 3 or 4")
     if args.stage == "vq" and stages["vq"]["steps"] <= stages["vq"]["quantize_from"]:
         parser.error(f"--steps {args.steps}: latents are quantised after "
                      f"{stages['vq']['quantize_from']} steps, ask for more")

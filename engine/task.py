@@ -28,6 +28,7 @@ class Task:
                    the loss of the step
     batch          examples in a step, over all processes and accumulations
     lr, floor      peak learning rate; the share of it at which the cosine ends, 1 for a fixed rate
+    betas          of AdamW
     save           (state {name: CPU tensor}) writes the averaged model; main process only
     evaluate       (step) draws and scores the saved model; main process only
     """
@@ -41,6 +42,7 @@ class Task:
     save: Callable
     floor: float = 0.02
     evaluate: Callable | None = None
+    betas: tuple[float, float] = (0.9, 0.98)
 
 
 def decay_groups(module, scale=1.0, weight_decay=0.01):

@@ -80,6 +80,11 @@ def set_patch_encoder(vq_model, images):
     vq_model.quant_conv.weight[:, :, 0, 0] = torch.eye(size)
 
 
+def has_patch_encoder(vq_model):
+    """Whether the encoder is that of set_patch_encoder. A model of --init may have another one."""
+    return not vq_model.encoder.mid_block.resnets[0].conv2.weight.any()
+
+
 class PatchEncoder:
     """The tokens of a VQ model with set_patch_encoder, in a thousandth of the time: images
     (B, 3, 4h, 4w), averaged to 4 pixels per token, -> (B, h, w) int64."""

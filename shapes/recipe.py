@@ -111,7 +111,7 @@ class DrawnTokens:
         vq_model = vq.VQModel.from_pretrained(run.out / "vqvae")
         f = vq_model.config.f
         self.grid = source.size // f, source.size // f
-        if "patch_codes" in run.stages["vq"]:
+        if codebook.has_patch_encoder(vq_model):
             self.shrink = f // 4                   # drawn at 4 pixels per token: as good, and quick
             self.encode = codebook.PatchEncoder(vq_model)
             source.size //= self.shrink

@@ -9,7 +9,8 @@ alone tells nothing, so it gives no gradient. Therefore the first quarter of the
 captions with a relation, and four of five relations are "left" or "above". There the order tells
 something by itself. The encoder learns the order first, and from it the rest.
 
-    fit(run, text_task(run, text_encoder, tokenizer, {"steps": 4000, "batch": 64, "lr": 1e-3}))
+    settings = {"steps": 4000, "batch": 64, "lr": 1e-3}
+    fit(run, text_task(run, text_encoder, tokenizer, settings, {"letters": 0.3}))
 
 Letters: B captions, L text positions, Q questions.
 """

@@ -153,7 +153,7 @@ def test_text_encoders_that_are_refused(cli, cache, tmp_path):
     refused("nowhere", "text encoder", "nowhere", "laion", "own")
     refused(tmp_path, tmp_path, "config.json")
     refused(hub.BUNDLED, "text encoder", hub.BUNDLED, "fit")
-    assert_refused(cli, ["--preset", "cpu", "--text-encoder", "laion"], "--init", script="train")
+    assert_refused(cli, ["--preset", "tiny", "--text-encoder", "laion"], "--init", script="train")
 
 
 def test_fine_tuning_begins_with_the_same_text_encoder(cache, tmp_path, monkeypatch):
@@ -161,7 +161,8 @@ def test_fine_tuning_begins_with_the_same_text_encoder(cache, tmp_path, monkeypa
     own = load_file(GOLDEN_MODEL / "text_encoder/model.safetensors")
     for flags, same in (([], False), (["--text-encoder", "own"], True)):
         out = tmp_path / "-".join(["run", *flags])
-        arguments = ["--out", str(out), "--init", "meissonic", "--stage", "4", "--device", "cpu"]
+        arguments = ["--out", str(out), "--init", "meissonic", "--preset", "paper", "--stage", "4",
+                     "--device", "cpu"]
         args = options.parse_arguments(train.PRESETS, train.STAGES, "", arguments + flags)
         copy_init(options.open_run(args, train.PRESETS))
         weights = clip.TextEncoder.from_pretrained(out / "text_encoder").text_projection.weight

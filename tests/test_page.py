@@ -152,6 +152,18 @@ def test_the_steps_are_those_of_a_direct_run(client):
         assert (pixels(frame["picture"]) == np.asarray(picture)).all()
 
 
+def test_the_picture_is_that_of_the_reference(client):
+    """meissonic.sample with the plain predictor, without the pipeline."""
+    drawing, _, _ = client.draw(settings=SETTINGS | {"remask": "0"})
+    pipe = client.session.pipe
+    cond = pipe.encode(["a star"], (64, 64), pipe.score)
+    uncond = pipe.encode([""], (64, 64), pipe.score)
+    predict = meissonic.reference_predictor(pipe.transformer, cond, uncond)
+    ids = torch.full((1, 4, 4), pipe.mask_token)
+    ids = meissonic.sample(predict, ids, pipe.mask_token, [5], drawing.plan)
+    assert torch.equal(drawing.ids, ids)
+
+
 def test_what_is_masked_after_a_step_is_drawn_in_the_next(client):
     _, _, (first, _, *shown, _) = client.draw(settings=SETTINGS)
     for n, (frame, following) in enumerate(zip(shown, shown[1:]), 1):

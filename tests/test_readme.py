@@ -344,7 +344,7 @@ SETUPS = {                                         # path: folder -> variables o
     "engine/image_files.py": lambda folder: photos(folder / "photos") and {},
     "shapes/tied_codes.py": lambda folder: dict(
         transformer=train.meissonic.Transformer(train.meissonic.Config(
-            **train.MODELS["cpu"]["transformer"])),
+            **train.MODELS["tiny"]["transformer"])),
         code_features=importlib.import_module("shapes.codebook").code_features),
 }
 

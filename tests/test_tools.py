@@ -159,6 +159,7 @@ def test_the_scores_of_tasks(cli):
     status, out, _ = cli(*SMALL_RUN, "--n", 1, script="tools.score")
     names = [line.split()[0] for line in out.splitlines()[1:]]
     assert status == 0 and names == [*world.TASKS, "unseen", "overall"] and tree(".") == []
+    assert cli(*SMALL_RUN, "--n", 1, "--world", "tiny", script="tools.score")[0] == 0
 
 
 def test_the_scores_of_edits(cli):

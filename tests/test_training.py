@@ -279,7 +279,7 @@ def test_picture_files_train_the_text_encoder_along():
         assert photos["vq"]["quantize_from"] < photos["vq"]["adversary_from"]
         assert photos["vq"]["adversary_from"] < photos["vq"]["steps"] and photos["vq"]["batch"] == 8
         assert shapes.keys() - photos.keys() == {"text"}
-        for stage in photos.keys() - {"vq"}:
+        for stage in photos.keys() & {"1", "2", "3", "4"}:
             assert (shapes[stage]["text_lr"], photos[stage]["text_lr"]) == (0.0, 0.3)
     assert "patch_codes" in train.PRESETS["tiny"]["vq"]           # the table itself stays
 
@@ -454,14 +454,13 @@ def test_masked_batches(tmp_path, monkeypatch):
 def test_the_first_step_needs_no_other_pictures(tmp_path, monkeypatch):
     """A stage draws the pictures of its first batch, and begins."""
     shrink(monkeypatch)
+    out = copy_parts(tmp_path / "run")
     monkeypatch.setattr(train, "worker_number", lambda device: 0)
-    draw, drawn, steps = world.training_example, [], []
-    monkeypatch.setattr(world, "training_example",
-                        lambda *arguments, **mixture: drawn.append(1) or draw(*arguments, **mixture))
-    forward = train.compute_loss
+    render, compute_loss, drawn, steps = world.render, train.compute_loss, [], []
+    monkeypatch.setattr(world, "render", lambda *scene: drawn.append(1) or render(*scene))
     monkeypatch.setattr(train, "compute_loss",
-                        lambda *arguments: steps.append(len(drawn)) or forward(*arguments))
-    command("--out", copy_parts(tmp_path / "run"), "--stage", "1", "--steps", 2)
+                        lambda *batch: steps.append(len(drawn)) or compute_loss(*batch))
+    command("--out", out, "--stage", "1", "--steps", 2)
     assert steps == [8, 16]
 
 
@@ -485,23 +484,10 @@ def test_the_sheet_and_the_scores(tmp_path, monkeypatch, capsys):
     entry = log.read_log(tmp_path)[-1]
     assert entry == scores | {"stage": "4", "step": 2, "event": "scores"}
     assert scores.keys() == {*world.TASKS, "overall"}
-    assert scores["overall"] == pytest.approx(np.mean([scores[task] for task in world.TASKS]), abs=1e-3)
+    mean = np.mean([scores[task] for task in world.TASKS])
+    assert scores["overall"] == pytest.approx(mean, abs=1e-3)
     assert f"overall {scores['overall']:.2f}" in capsys.readouterr().out
     assert Image.open(tmp_path / "sheet.png").size == (6 * 2 * SIZE, 2 * 2 * SIZE)
-
-
-def test_perfect_pictures_have_perfect_scores(tmp_path):
-    """Of the tiny world and of the full one."""
-    run = Run(tmp_path, {"1": dict(size=64, world="tiny"), "2": dict(size=64)})
-    for stage, mixture in (("1", world.WORLDS["tiny"]), ("2", {})):
-        shapes, pictures = ShapesRecipe(run), []
-        places = {name: mixture[name] for name in ("cells", "margin", "large") if name in mixture}
-        for i, (_, _, spec) in enumerate(shapes.sheet_prompts(stage, 24)):
-            scene = world.sample_scene(np.random.default_rng(i), spec, **places)
-            pictures.append(world.render(scene, 128))
-        assert set(shapes.scores(stage, pictures).values()) == {1.0}
-        blank = [Image.new("RGB", (128, 128), "white")] * 24
-        assert set(shapes.scores(stage, blank).values()) == {0.0}
 
 
 def test_sheets_come_when_asked_for(tmp_path, monkeypatch, capsys):
@@ -568,7 +554,7 @@ def test_the_preset_tiny(tmp_path, monkeypatch):
     before = (tmp_path / TEXT_WEIGHTS).read_bytes()
     command("--out", tmp_path, "--resume")
     assert (tmp_path / TEXT_WEIGHTS).read_bytes() == before
-    assert {stage for stage, _ in losses(tmp_path)} == stages.keys()
+    assert {stage for stage, _ in losses(tmp_path)} == stages.keys() - {"one-step"}
     model = vq.VQModel.from_pretrained(tmp_path / "vqvae")
     assert not model.encoder.mid_block.resnets[0].conv2.weight.any()
     transformer = meissonic.Transformer.from_pretrained(tmp_path / "transformer")

@@ -2,10 +2,13 @@
 import numpy as np
 import pytest
 import torch
+from common import noise, photos
 from tiny_training import MODEL, SIZE
 
 import vq
-from engine.vq_training import VQTrainer, distinct_points, k_means, restart_dead_codes
+from engine.data import FileSource
+from engine.vq_training import (VQTrainer, distinct_points, k_means, read_rows,
+                                restart_dead_codes)
 
 
 @pytest.mark.parametrize("number, k", ((200, 8), (5, 16)))
@@ -40,6 +43,15 @@ def test_unused_codes_move_to_the_worst_latents():
     before = codebook.clone()
     restart_dead_codes(codebook, used, latents, torch.arange(20.0), np.random.default_rng(0))
     assert torch.equal(codebook, before)
+
+
+def test_a_broken_picture_is_replaced_by_the_next(tmp_path):
+    """In the batch that a worker reads; the pictures are whole bytes."""
+    source = FileSource(photos(tmp_path, 5, broken=(1, 2)), 0, 40)
+    rows = read_rows(source, np.array([4, 1, 0, 2]))
+    assert rows.shape == (4, 40, 40, 3) and rows.dtype == torch.uint8
+    for row, number in zip(rows, (4, 3, 0, 3)):
+        assert np.array_equal(row, noise(number, 40, 40))
 
 
 def tiny_trainer():

@@ -1,6 +1,6 @@
 """What each part of the model is worth: train a stage without it, and compare the losses.
 
-    python -m tools.ablate none rope qk-norm --init runs/cpu --steps 700
+    python -m tools.ablate none rope qk-norm --init runs/tiny --steps 700
 
 none           the model as it is, to compare with
 rope           learned positions in place of rotary ones
@@ -10,7 +10,7 @@ qk-norm        queries and keys are not normalised
 multimodal     single-modal blocks only, as many
 compression    no compression layers
 
-Takes the flags of train.py; the defaults are --preset cpu --stage 1 --out runs/ablate. Tokenizer,
+Takes the flags of train.py; the defaults are --preset tiny --stage 1 --out runs/ablate. Tokenizer,
 VQ model and text encoder come from --init. Each run starts with the same fresh transformer, sees
 the same pictures, and is logged under its name in the folder of --out. No model is kept.
 """
@@ -31,13 +31,12 @@ from engine import log, options
 from engine.checkpoint import UserError
 from engine.cli import say, script
 from engine.model_folder import copy_init
-from engine.recipe import encode_stage
 from kernels.attention import library_attention
 from kernels.qkv import rotate
 
 PARTS = ("none", "rope", "rate", "micro", "qk-norm", "multimodal", "compression")
 FROM_INIT = ("tokenizer", "vqvae", "text_encoder")
-DEFAULTS = ["--preset", "cpu", "--stage", "1", "--out", "runs/ablate"]
+DEFAULTS = ["--preset", "tiny", "--stage", "1", "--out", "runs/ablate"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -138,7 +137,6 @@ def main(argv=None):
     run = options.open_run(args, train.PRESETS)
     recipe = train.choose_recipe(run)
     copy_init(run, FROM_INIT)
-    encode_stage(run, recipe, args.stage)
     log.LINE_EVERY = 10
     results = {part: train_without(run, recipe, args.stage, part) for part in parts}
     say("without          loss")

@@ -115,7 +115,7 @@ class Session:
             wait()
         self.thread = threading.current_thread()
         try:
-            if self.pipe.device.type == "cuda":
+            if self.pipe.device.index is not None:
                 torch.cuda.set_device(self.pipe.device)       # each thread has its own
             yield
         finally:

@@ -162,22 +162,22 @@ def test_a_little_noise_is_forgiven(noise):
 
 @pytest.mark.parametrize("noun, r", (("F", 2 / 16), ("Q", 3 / 16), ("E", 2 / 16), ("star", 2 / 16)))
 def test_decoded_pictures_are_read(noun, r):
-    """Decoded outlines are soft, and the tail of a Q is cut. Of all nouns, colours, backgrounds and
-    sizes, 3808 pictures, 10 are read wrongly."""
+    """Decoded outlines are not exact. The pictures have the size that the bundled model draws."""
     model = vq.VQModel.from_pretrained(ROOT / "weights/shapes/vqvae")
+    size = 16 * model.config.f
     rng = np.random.default_rng(0)
     pairs = list(itertools.permutations(world.COLOURS, 2))
     wrong = []
     for colour, background in [pairs[i] for i in rng.permutation(len(pairs))[:12]]:
         x, y = rng.integers(4, 13, 2) / 16
         scene = Scene(background, (SceneObject(noun, colour, x, y, r),))
-        pixels = torch.from_numpy(np.array(world.render(scene, 64)))               # (64, 64, 3)
+        pixels = torch.from_numpy(np.array(world.render(scene, size)))             # (H, W, 3)
         with torch.no_grad():
             decoded = model.decode(model.encode(pixels.permute(2, 0, 1)[None] / 255))
         picture = as_image((decoded[0].permute(1, 2, 0) * 255).round())
         if not is_read_back(scene, picture):
             wrong.append(scene)
-    assert len(wrong) <= (noun == "star"), wrong                           # one star, the palest
+    assert not wrong
 
 
 @settings(deadline=None, max_examples=30)
@@ -220,9 +220,10 @@ def flooded(mask, part):
 class PerfectPipeline:
     """Draws what the captions say, but a blank picture for every `wrong`-th seed."""
 
-    def __init__(self, wrong=None):
-        tasks = (*world.TASKS, "unseen")
-        self.specs = dict(itertools.chain(*(world.test_prompts(task, 8) for task in tasks)))
+    def __init__(self, wrong=None, world_name="full"):
+        self.specs = {}
+        for task in (*world.TASKS, "unseen"):
+            self.specs |= dict(world.test_prompts(task, 8, **world.words_of(world_name)))
         self.wrong = wrong
         self.seeds = []
 
@@ -237,10 +238,11 @@ class PerfectPipeline:
         return world.render(scene, 128)
 
 
-@pytest.mark.parametrize("wrong, share", ((None, 1.0), (2, 0.5)))
-def test_score_tasks(wrong, share):
-    pipe = PerfectPipeline(wrong)
-    scores = score.score_tasks(pipe, number=8, batch=5, progress=iter)
+@pytest.mark.parametrize("wrong, share, world_name", (
+    (None, 1.0, "full"), (2, 0.5, "full"), (None, 1.0, "tiny")))
+def test_score_tasks(wrong, share, world_name):
+    pipe = PerfectPipeline(wrong, world_name)
+    scores = score.score_tasks(pipe, 8, batch=5, world_name=world_name, progress=iter)
     assert scores == dict.fromkeys((*world.TASKS, "unseen", "overall"), share)
     assert pipe.seeds == list(range(56))
 
@@ -301,8 +303,8 @@ def test_score_edits_without_strength_changes_nothing():
 
 @pytest.mark.slow
 def test_the_bundled_model_follows_captions():
-    """6 held-out captions of each task, drawn once. The bound leaves much room: another processor
+    """4 held-out captions of each task, drawn once. The bound leaves much room: another processor
     rounds to other pictures."""
     pipe = Pipeline(ROOT / "weights/shapes")
-    scores = score.score_tasks(pipe, 6, tasks=world.TASKS, progress=iter, best_of=1)
-    assert scores["overall"] >= 0.5, scores
+    scores = score.score_tasks(pipe, 4, tasks=world.TASKS, progress=iter, best_of=1)
+    assert scores["overall"] >= 0.45, scores

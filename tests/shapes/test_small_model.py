@@ -35,14 +35,26 @@ def codes(images):
     return codebook.block_truncation_codebook(images, COLOURS, OUTLINES, np.random.default_rng(0))
 
 
-@pytest.fixture(scope="module")
-def patch_vq(images):
+def random_vq(f):
+    """A VQ model of f pixels per token, 4, 8 or 16."""
     torch.manual_seed(0)
-    config = vq.Config(block_out_channels=(16, 32, 64), layers_per_block=1, latent_channels=24,
-                       vq_embed_dim=24, num_vq_embeddings=NUM_CODES, norm_num_groups=8)
-    model = vq.VQModel(config).eval()
-    codebook.set_patch_codes(model, images[:60], COLOURS, OUTLINES, np.random.default_rng(0))
+    channels = {4: (16, 32, 64), 8: (16, 16, 32, 64), 16: (16, 32, 32, 32, 64)}[f]
+    return vq.VQModel(vq.Config(
+        block_out_channels=channels, layers_per_block=1, latent_channels=24, vq_embed_dim=24,
+        num_vq_embeddings=NUM_CODES, norm_num_groups=8)).eval()
+
+
+@pytest.fixture(scope="module", params=(4, 8, 16), ids="f{}".format)
+def patch_vq(images, request):
+    model = random_vq(request.param)
+    large = enlarged(images[:60], request.param // 4)
+    codebook.set_patch_codes(model, large, COLOURS, OUTLINES, np.random.default_rng(0))
     return model
+
+
+def enlarged(images, scale):
+    """Each pixel as scale x scale equal ones."""
+    return images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -51,13 +63,31 @@ def patch_vq(images):
 
 @torch.no_grad()
 def test_the_patch_encoder_sees_its_patch_alone(patch_vq, images):
-    """Its latents are the patches' principal components, whatever the neighbours are."""
-    images = images[:20]
-    latents = patch_vq.encode_latents(images)                                    # (20, 24, 16, 16)
-    patches = codebook.to_patches(images)                                          # (5120, 3, 4, 4)
+    """Its latents are the principal components of the patches, averaged to 4 x 4 pixels, whatever
+    the neighbours are."""
+    f = patch_vq.config.f
+    large = enlarged(images[:6], f // 4)
+    large = large + 0.02 * torch.randn(large.shape, generator=torch.Generator().manual_seed(0))
+    latents = patch_vq.encode_latents(large)                                      # (6, 24, 16, 16)
+    patches = codebook.to_patches(F.avg_pool2d(large, f // 4))                     # (1536, 3, 4, 4)
     assert latents.square().sum() > 0.99 * patches.square().sum()                # lengths are kept
-    alone = patch_vq.encode_latents(patches).view(20, 16, 16, 24).permute(0, 3, 1, 2)
+    whole = large.unfold(2, f, f).unfold(3, f, f).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
+    alone = patch_vq.encode_latents(whole).view(6, 16, 16, 24).permute(0, 3, 1, 2)
     torch.testing.assert_close(latents, alone, rtol=0, atol=0.02)
+
+
+@torch.no_grad()
+def test_the_quick_encoder_gives_the_same_tokens(patch_vq, images):
+    """Of pictures averaged to 4 pixels per token. It knows which models it is for."""
+    scale = patch_vq.config.f // 4
+    encode = codebook.PatchEncoder(patch_vq)
+    ids = patch_vq.encode(enlarged(images[60:68], scale))                          # (8, 16, 16)
+    assert torch.equal(encode(images[60:68]), ids)
+    noisy = torch.rand(2, 3, 32 * scale, 32 * scale, generator=torch.Generator().manual_seed(0))
+    same = encode(F.avg_pool2d(noisy, scale)) == patch_vq.encode(noisy)
+    assert same.float().mean() > 0.98                                    # two codes may be as near
+    assert codebook.has_patch_encoder(patch_vq)
+    assert not codebook.has_patch_encoder(random_vq(4))
 
 
 def test_only_the_decoder_is_trained(patch_vq):
@@ -69,7 +99,8 @@ def test_only_the_decoder_is_trained(patch_vq):
 @torch.no_grad()
 def test_a_flat_picture_is_one_token(patch_vq):
     values = torch.tensor(list(world.COLOURS.values())) / 255                      # (8, 3)
-    ids = patch_vq.encode(values[..., None, None].expand(-1, -1, 16, 16))          # (8, 4, 4)
+    side = 4 * patch_vq.config.f
+    ids = patch_vq.encode(values[..., None, None].expand(-1, -1, side, side))      # (8, 4, 4)
     assert (ids == ids[:, :1, :1]).all()
     assert ids.unique().tolist() == list(range(NUM_CODES - COLOURS, NUM_CODES))
 
@@ -94,7 +125,7 @@ def test_codes_show_the_features_they_are_said_to(codes):
     """A code lies on the line between its two colours. Codes with the same outline have as much of
     the lighter colour in each pixel."""
     features = codebook.code_features(COLOURS, OUTLINES)
-    assert features.shape == (NUM_CODES, 8 + 28 + 36 + 1)
+    assert features.shape == (NUM_CODES, 8 + 28 + 36 + 1 + 8 * 36)
     palette = codes[-COLOURS:, :, 0, 0]                                            # (8, 3)
     pixels = codes.flatten(2).mT                                                   # (V, 16, 3)
     is_edge = features[:, 72] == 0
@@ -108,6 +139,36 @@ def test_codes_show_the_features_they_are_said_to(codes):
             dark, light = palette[features[other, :8].nonzero()[:, 0]]
             expected = dark + share[:, None] * (light - dark)                      # (16, 3)
             torch.testing.assert_close(pixels[other], expected, rtol=0, atol=1e-5)
+
+
+def test_outlines_come_in_pairs(codes):
+    """The second half is the first with the two colours exchanged."""
+    edges = codes[:-COLOURS].unflatten(0, (28, 2, OUTLINES // 2))       # (28, 2, 18, 3, 4, 4)
+    dark, light = codes[-COLOURS:][torch.combinations(torch.arange(COLOURS))].transpose(0, 1)
+    sums = edges.sum(1)                                                            # (28, 18, ...)
+    torch.testing.assert_close(sums, (dark + light)[:, None].expand_as(sums), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="35 outlines"):
+        codebook.block_truncation_codebook(torch.rand(1, 3, 16, 16), 2, 35, None)
+
+
+def test_codes_that_fill_the_same_part_with_a_colour(codes):
+    """Have that colour in the same pixels, whatever the other colour is, darker or lighter."""
+    features = codebook.code_features(COLOURS, OUTLINES)
+    filled = features[:, -COLOURS * OUTLINES:].view(NUM_CODES, COLOURS, OUTLINES)
+    assert (filled[:-COLOURS].sum((1, 2)) == 2).all() and not filled[-COLOURS:].any()
+    assert (filled.sum(0) == COLOURS - 1).all()         # one code for each other colour
+    palette = codes[-COLOURS:, :, 0, 0]                                            # (8, 3)
+    pixels = codes.flatten(2).mT                                                   # (V, 16, 3)
+    for colour in range(COLOURS):
+        for part in range(0, OUTLINES, 5):
+            shares = []
+            for code in filled[:, colour, part].nonzero()[:, 0]:
+                pair = features[code, :COLOURS].nonzero()[:, 0].tolist()
+                other = palette[sum(pair) - colour]
+                span = palette[colour] - other
+                shares.append((pixels[code] - other) @ span / span.square().sum())
+            shares = torch.stack(shares)                                           # (7, 16)
+            torch.testing.assert_close(shares, shares[:1].expand_as(shares), rtol=0, atol=1e-4)
 
 
 def test_pictures_of_too_few_colours_are_refused():
@@ -193,9 +254,10 @@ def pretraining_task(out, steps, batch):
     for embedding in (m for m in text_encoder.modules() if isinstance(m, torch.nn.Embedding)):
         torch.nn.init.normal_(embedding.weight, std=0.3)           # as train.py does
     run = SimpleNamespace(device=torch.device("cpu"), accumulate=1, out=out, rng=rng,
-                          rank_slice=lambda *batch: [batch], precision=contextlib.nullcontext)
+                          rank_slice=lambda *batch: [batch], precision=contextlib.nullcontext,
+                          to_device=torch.as_tensor)
     settings = {"steps": steps, "batch": batch, "lr": 4e-3}
-    return text_pretraining.text_task(run, text_encoder, tokenizer, settings)
+    return text_pretraining.text_task(run, text_encoder, tokenizer, settings, {})
 
 
 def train(task, steps):
@@ -217,7 +279,7 @@ def train(task, steps):
 
 def blind_loss(number=500):
     """The loss of one who knows how often each label is true, but not the caption."""
-    _, labels = text_pretraining.sample_labels(np.random.default_rng(0), number, False)
+    _, labels = text_pretraining.sample_labels(np.random.default_rng(0), number, False, {})
     p = labels.mean(0).clamp(1e-6, 1 - 1e-6)                                       # (182,)
     return float(-(p * p.log() + (1 - p) * (1 - p).log()).mean())
 
@@ -246,7 +308,7 @@ def test_pretraining_saves_the_text_encoder_alone(tmp_path):
 @pytest.mark.parametrize("relations_only, lowest, highest", ((True, 1, 1), (False, 0.5, 0.7)))
 def test_share_of_captions_with_a_relation(relations_only, lowest, highest):
     rng = np.random.default_rng(0)
-    captions, labels = text_pretraining.sample_labels(rng, 200, relations_only)
+    captions, labels = text_pretraining.sample_labels(rng, 200, relations_only, {})
     wordings = [wording for pair in world.RELATIONS.values() for wording in pair]
     share = np.mean([any(f" {w} " in caption for w in wordings) for caption in captions])
     assert lowest <= share <= highest

@@ -116,22 +116,56 @@ def test_share_of_mirrored_relations(mirrored):
     assert {spec.relation for spec in specs} >= {"left", "above"}
 
 
-def test_objects_are_on_the_grid_and_apart():
-    """So an object has the same tokens wherever it is, for a power of two of pixels per token."""
+@pytest.mark.parametrize("name, cells, margin", (("full", 16, 1), ("tiny", 4, 0)))
+def test_objects_are_on_the_grid_and_apart(name, cells, margin):
+    """So an object has the same tokens wherever it is, for a power of two of pixels per token. In
+    the tiny world with 8 x 8 tokens it has a block of 2 x 2."""
     rng = rng_of(4)
     for _ in range(400):
-        spec = world.sample_spec(rng)
-        objects = world.sample_scene(rng, spec).objects
-        for o in objects:
+        _, scene, spec = world.sample_example(rng, **world.WORLDS[name])
+        boxes = [box_of(o, cells) for o in scene.objects]
+        for o, (low, high) in zip(scene.objects, boxes):
             assert o.r in world.SIZES.values()
-            assert o.x % world.CELL == 0 and o.y % world.CELL == 0
-            assert min(o.x, o.y) - o.r >= world.CELL and max(o.x, o.y) + o.r <= 1 - world.CELL
-        for a, b in itertools.combinations(objects, 2):
-            assert max(abs(a.x - b.x), abs(a.y - b.y)) >= a.r + b.r + world.CELL
+            assert (low % 1 == 0).all() and (high % 1 == 0).all()
+            assert low.min() >= margin and high.max() <= cells - margin
+        for a, b in itertools.combinations(boxes, 2):
+            assert gaps(a, b).max() >= 1
         if spec.relation:
-            a, b = objects
-            apart = abs(a.x - b.x) if spec.relation in ("left", "right") else abs(a.y - b.y)
-            assert apart >= a.r + b.r + world.CELL
+            axis = 0 if spec.relation in ("left", "right") else 1
+            assert gaps(*boxes)[axis] >= 1
+
+
+def box_of(o, cells):
+    """A SceneObject's corners in cells -> (2,) left and top, (2,) right and bottom."""
+    return np.array([o.x - o.r, o.y - o.r]) * cells, np.array([o.x + o.r, o.y + o.r]) * cells
+
+
+def gaps(a, b):
+    """The gap between two boxes along each axis -> (2,), negative where they overlap."""
+    return np.maximum(a[0] - b[1], b[0] - a[1])
+
+
+def test_the_tiny_world():
+    """Shapes only, all small, three at most; captions name no size. Everything else occurs."""
+    rng = rng_of(0)
+    examples = [world.sample_example(rng, **world.WORLDS["tiny"]) for _ in range(1500)]
+    found = [o for _, scene, _ in examples for o in scene.objects]
+    named = [o for _, _, spec in examples for o in spec.objects]
+    assert {o.noun for o in found} == set(world.SHAPES) and {o.size for o in found} == {"small"}
+    assert {len(scene.objects) for _, scene, _ in examples} == {1, 2, 3}
+    assert {o.size for o in named} == {None} and {o.count for o in named} == {1, 2, 3}
+    assert {spec.task for _, _, spec in examples} == {*world.TASKS, "long"}
+    assert {spec.relation for _, _, spec in examples} == {None, *world.RELATIONS}
+    assert len({(round(8 * o.x), round(8 * o.y)) for o in found}) == 16
+
+
+@pytest.mark.parametrize("task", (*world.TASKS, "unseen"))
+def test_evaluation_captions_of_the_tiny_world(task):
+    """They ask for nothing that it does not have."""
+    for caption, spec in world.test_prompts(task, 30, **world.words_of("tiny")):
+        assert {o.noun for o in spec.objects} <= set(world.SHAPES)
+        assert {o.size for o in spec.objects} == {None} and max(o.count for o in spec.objects) <= 3
+        assert world.is_held_out(caption) or task == "unseen"
 
 
 def test_scene_labels():
@@ -254,11 +288,11 @@ def test_pictures_have_the_size_asked_for(size):
 
 
 def test_example_i_depends_on_seed_stage_and_i_alone():
-    source = world.ShapesSource(0, "1", 32, 10, concepts=0.5)
-    again = world.ShapesSource(0, "1", 32, 99, concepts=0.5)
-    others = [world.ShapesSource(1, "1", 32, 10, concepts=0.5)[3],
-              world.ShapesSource(0, "2", 32, 10, concepts=0.5)[3], source[4]]
-    assert len(source) == 10 and source.skipped == [] and source.state(0) is source.state(1)
+    source = world.ShapesSource(0, "1", 32, concepts=0.5)
+    again = world.ShapesSource(0, "1", 32, concepts=0.5)
+    others = [world.ShapesSource(1, "1", 32, concepts=0.5)[3],
+              world.ShapesSource(0, "2", 32, concepts=0.5)[3], source[4], source[2 ** 40]]
+    assert len(source) > 2 ** 40 and source.skipped == [] and source.state(0) is source.state(1)
     picture, caption, micro_conds = source[3]
     assert all(np.array_equal(a, b) for a, b in zip(source[3], again[3]))
     assert not any(np.array_equal(picture, other[0]) for other in others)
@@ -295,22 +329,61 @@ def test_crops_are_parts_of_larger_pictures():
 
 @pytest.mark.parametrize("concepts, augment_prob", ((0.0, 0.0), (1.0, 0.0), (0.5, 1.0)))
 def test_shares_of_the_mixture(concepts, augment_prob):
-    examples = [world.training_example(rng_of(i), 32, concepts, augment_prob) for i in range(60)]
+    mixture = dict(concepts=concepts, augment_prob=augment_prob)
+    examples = [world.training_example(rng_of(i), 32, **mixture) for i in range(60)]
     scores = np.array([micro_conds[4] for _, _, micro_conds in examples])
     assert ((scores < world.CLEAN_SCORE) == (augment_prob == 1)).all()
     several = np.mean([" and " in caption or "two" in caption for _, caption, _ in examples])
     assert (several == 0) == (concepts == 1)
 
 
-@pytest.mark.parametrize("size, radii", ((32, {0.25, 0.375}), (128, {0.125, 0.1875})))
-def test_concepts_are_whole_and_fill_small_pictures(size, radii):
-    examples = [world.sample_concept(rng_of(i), size) for i in range(300)]
+@pytest.mark.parametrize("mixture, radii", (
+    ({}, {0.125, 0.1875}), (dict(scale=2, cells=8), {0.25, 0.375}),
+    (world.WORLDS["tiny"], {0.125})), ids=("full", "half the cells", "tiny"))
+def test_concepts_are_whole_and_on_the_grid(mixture, radii):
+    mixture = {name: mixture[name] for name in (*world.OF_CONCEPTS, "scale") if name in mixture}
+    examples = [world.sample_concept(rng_of(i), **mixture) for i in range(300)]
     objects = [scene.objects[0] for _, scene, _ in examples]
     assert all(world.satisfies(scene, spec) for _, scene, spec in examples)
     assert {o.r for o in objects} == radii
     assert all(o.r <= min(o.x, 1 - o.x, o.y, 1 - o.y) for o in objects)
     assert any(o.r == o.x for o in objects)                                # up to the edge
+    for o in objects:
+        low, _ = box_of(o, mixture.get("cells", 16))
+        assert (low % 1 == 0).all()
     assert not pairs_of(objects) & world.HELD_OUT_PAIRS
+
+
+@pytest.mark.parametrize("name, cells, margin", (("full", 16, 1), ("tiny", 4, 0)))
+def test_crowds(name, cells, margin):
+    """Rows and columns of objects of one size, about half of the places left empty."""
+    mixture = {key: value for key, value in world.WORLDS[name].items() if key in world.OF_GRID}
+    places = []
+    for i in range(200):
+        scene = world.sample_crowd(rng_of(i), **mixture)
+        boxes = [box_of(o, cells) for o in scene.objects]
+        assert all((low % 1 == 0).all() and low.min() >= 0 and high.max() <= cells
+                   for low, high in boxes)
+        assert all(gaps(a, b).max() >= margin for a, b in itertools.combinations(boxes, 2))
+        assert len({o.r for o in scene.objects}) <= 1
+        assert scene.background not in {o.colour for o in scene.objects}
+        assert not pairs_of(scene.objects) & world.HELD_OUT_PAIRS
+        places.append(len(scene.objects))
+    assert max(places) > 6 and np.mean(places) > 1.5
+    picture, caption, _ = world.training_example(rng_of(0), 64, crowds=1.0, **world.WORLDS[name])
+    assert picture.shape == (64, 64, 3) and caption == ""
+
+
+@pytest.mark.parametrize("name", world.WORLDS)
+def test_a_small_picture_is_a_large_one_averaged(name):
+    """Up to the rounding of 8-bit values, so both have the same tokens."""
+    for i in range(40):
+        _, scene, _ = world.sample_example(rng_of(7, i), **world.WORLDS[name])
+        small = np.asarray(world.render(scene, 64), float)                         # (64, 64, 3)
+        for scale in (2, 4):
+            large = np.asarray(world.render(scene, 64 * scale), float)
+            blocks = large.reshape(64, scale, 64, scale, 3)
+            assert np.abs(blocks.mean((1, 3)) - small).max() < 1.5
 
 
 def test_the_sheet(tmp_path):
