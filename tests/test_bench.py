@@ -99,8 +99,9 @@ def test_picture(tmp_path, monkeypatch):
 def test_training(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_training, "ceilings", lambda *_: (1e9, 1e9))
     monkeypatch.setattr(bench_training, "SECONDS", 0.1)
-    transformer = train.SMALL_TRANSFORMER | dict(num_layers=1, num_single_layers=1)
-    monkeypatch.setitem(train.MODELS, "cpu", train.MODELS["cpu"] | dict(transformer=transformer))
+    transformer = train.TINY_TRANSFORMER | dict(num_layers=1, num_single_layers=1)
+    configs = train.MODELS["tiny"] | dict(transformer=transformer)
+    monkeypatch.setitem(train.MODELS, "tiny", configs)
     bench_training.time_training(Report(tmp_path, "training"), CPU, 0)
     kernels, plain = rows(tmp_path)
     assert kernels["path"] == "kernels" and plain["path"] == "plain"

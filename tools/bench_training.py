@@ -20,8 +20,8 @@ from engine.distributed import Run
 from tools.bench_timing import ceilings, now, peak_memory, plain_kernels, reset_peak_memory
 
 TOKENS = 2 ** 14                                      # of a batch on a GPU at most
-GPU_STAGES = (("paper", "1"), ("paper", "3"), ("shapes", "3"), ("cpu", "3"))
-CPU_STAGES = (("cpu", "1"),)
+GPU_STAGES = (("paper", "1"), ("paper", "3"), ("small", "3"))
+CPU_STAGES = (("tiny", "1"),)
 SECONDS = 1.0                                         # measured for each path
 
 
