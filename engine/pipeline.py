@@ -1,7 +1,7 @@
 """The models of one checkpoint folder, from text to pixels.
 
     pipe = Pipeline("weights/shapes")
-    picture, = pipe(["a red circle above a blue square"], seeds=[0])
+    picture, = pipe(["a red circle above a blue square on a white background"], [4])
 
 Text -> CLIP text tower -> transformer that fills in masked ids -> VQ decoder -> pixels.
 Letters: B pictures, H W pixels, h w tokens.

@@ -4,7 +4,6 @@ import pytest
 import torch
 from tiny_training import copy_parts, losses, shrink
 
-import kernels
 import meissonic
 import train
 from common import tiny_transformer

@@ -1,5 +1,4 @@
 """Several processes: they share the batches, and together train as one does."""
-import contextlib
 import shutil
 
 import numpy as np

@@ -5,7 +5,6 @@
     out = trained_run()                           # all stages, made once for all tests: copy it
 """
 import atexit
-import json
 import os
 import shutil
 import subprocess
