@@ -386,9 +386,7 @@ def cosine_schedule(t):
     return float(torch.tensor(math.pi / 2 * t).cos())
 
 
-MASK_SCHEDULES = {
-    "cosine": cosine_schedule, "linear": lambda t: 1 - t,
-    "arccos": lambda t: 2 / math.pi * math.acos(t)}         # of the Halton order, engine/orders.py
+MASK_SCHEDULES = {"cosine": cosine_schedule, "linear": lambda t: 1 - t}
 
 # The timestep tells the model the masking rate: functions of (step, steps, masked, tokens).
 # NOTE Three are in use. `step`, the number of steps left: how the public weights are sampled.

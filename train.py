@@ -72,18 +72,16 @@ CLEAN = dict(augment_prob=0.0)                    # no blurred or noisy pictures
 FIXED = dict(floor=1)
 TINY = dict(world="tiny", **CLEAN)                # 8 x 8 tokens, no letters, at most three objects
 PRESETS = {
-    "tiny": {                                     # two CPU cores, 15 minutes
+    "tiny": {                                     # two CPU cores, 17 minutes
         "text": row(TEXT, 64, 600, 1.5e-3, **TINY),
-        "vq": row(VQ, 64, 8, 1500, 4e-3, 0, 1500, crowds=0.5, patch_codes=(8, 36),
-                  **TINY),
+        "vq": row(VQ, 64, 8, 1500, 4e-3, 0, 1500, crowds=0.5, patch_codes=(8, 36), **TINY),
         "1": row(STAGE, 64, 16, 1500, 1.5e-3, 0.0, True, concepts=1.0, **TINY),
         "2": row(STAGE, 64, 16, 3300, 1.5e-3, 0.0, True, concepts=0.2, **TINY),
         "one-step": row(ONE_STEP, 64, 32, 2000, 2e-4, 2.0, **TINY),
     },
     "small": {                                    # the bundled model: minutes on a GPU
         "text": row(TEXT, 256, 3000, 1e-3),
-        "vq": row(VQ, 256, 32, 2000, 2e-3, 0, 2000, concepts=0.2, patch_codes=(8, 64),
-                  **CLEAN),
+        "vq": row(VQ, 256, 32, 2000, 2e-3, 0, 2000, concepts=0.2, patch_codes=(8, 64), **CLEAN),
         "1": row(STAGE, 128, 1024, 600, 2e-3, 0.0, True, concepts=1.0, scale=2, cells=8, views=2,
                  **CLEAN),
         "2": row(STAGE, 256, 1024, 800, 2e-3, 0.0, True, concepts=0.6, views=2, **CLEAN),
@@ -93,7 +91,7 @@ PRESETS = {
     },
     "paper": {                                    # f = 16; steps and batches of section 2.5
         "vq": row(VQ, 256, 256, 200_000, 1e-4, 5000, 100_000),
-        "1": row(STAGE, 256, 2048, 100_000, 1e-4, 0.0, False, concepts=1.0, **FIXED),
+        "1": row(STAGE, 256, 2048, 100_000, 1e-4, 0.0, False, **FIXED),
         "2": row(STAGE, 512, 512, 100_000, 1e-4, 0.0, False, **FIXED),
         "3": row(STAGE, 1024, 256, 42_000, 1e-4, 0.0, True, **FIXED),
         "4": row(STAGE, 1024, 256, 10_000, 1e-5, 1.0, True, **FIXED),
@@ -314,8 +312,7 @@ def transformer_task(run, recipe, stage, model):
         save_model(run, recipe, model, state, sampling)
 
     return Task(stage, model, param_groups, micro_batches, steps, batch, settings["lr"], save,
-                settings.get("floor", 0.02),
-                evaluation(run, recipe, stage))
+                settings.get("floor", 0.02), evaluation(run, recipe, stage))
 
 
 def evaluation(run, recipe, stage):
@@ -414,7 +411,7 @@ def main(argv=None):
         recipe = choose_recipe(run)
         copy_init(run)
         report_sizes(run, MODELS[run.preset])
-        in_turn = [stage for stage in STAGES[:-1] if stage == "tokenizer" or stage in run.stages]
+        in_turn = ["tokenizer", *(stage for stage in run.stages if stage != "one-step")]
         stages = [args.stage] if args.stage else in_turn
         if not args.encode:
             check_stages(run, stages)

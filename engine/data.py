@@ -22,6 +22,7 @@ import time
 import zlib
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -127,7 +128,11 @@ class Prefetch:
         last = min(step + 4 * self.workers, self.steps)
         for ahead in range(step + len(self.pending), max(last, step + 1)):
             self.pending.append(self.pool.submit(make_in_worker, ahead, attempt))
-        item = pickle.loads(self.pending.popleft().result())
+        try:
+            item = pickle.loads(self.pending.popleft().result())
+        except BrokenProcessPool:
+            raise UserError("a process that prepares training data was killed; is memory "
+                            "short?") from None
         if step + 1 >= self.steps:
             self.pool.shutdown()
             self.pool = None

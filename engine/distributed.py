@@ -40,7 +40,7 @@ class Run:
     resume: bool = False
     init: Path | None = None                      # folder of the model that the run starts from
     save_every: int = 500                         # steps
-    eval_every: int = 2000                        # steps; 0: never
+    eval_every: int = 1000                        # steps; 0: never
     eval_captions: int = 24                       # pictures of sheet.png
     accumulate: int = 1                           # forward and backward passes in one step
     shard: bool = False

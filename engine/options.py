@@ -87,6 +87,8 @@ def check_arguments(parser, args, stages):
         parser.error("--text-encoder wants --init")
     if args.encode and args.data == "shapes":
         parser.error("--encode is for picture files: those of shapes are drawn as they are needed")
+    if args.preset == "paper" and args.data == "shapes":
+        parser.error("--preset paper wants --data: it has no codes that shapes are drawn with")
     if args.lora and args.stage not in ("1", "2", "3", "4"):
         parser.error("--lora wants --stage: 1, 2, 3 or 4")
     if args.stage == "vq" and stages["vq"]["steps"] <= stages["vq"]["quantize_from"]:

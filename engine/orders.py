@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from engine import fast
-from meissonic import apply_cfg, confidence
+from meissonic import apply_cfg
 
 # -------------------------------------------------------------------------------------------------
 # Orders
@@ -33,9 +33,6 @@ def halton(step, log_p, noise, masked, grid):
 def random(step, log_p, noise, masked, grid):
     """Any token may be the next one: the order of training."""
     return noise
-
-
-ORDERS = {"confidence": confidence, "halton": halton, "random": random}
 
 
 @lru_cache(maxsize=8)

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import signal
 import struct
 import subprocess
 import sys
@@ -678,6 +679,13 @@ def test_errors_of_workers_arrive_as_they_are(workers, error):
     with pytest.raises(type(error)) as caught:
         prefetch(2, 0)
     assert caught.value.args == error.args
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are for Linux")
+def test_a_killed_worker_is_an_error_of_one_line():
+    prefetch = data.Prefetch(lambda step, attempt: os.kill(os.getpid(), signal.SIGKILL), 9, 1)
+    with pytest.raises(UserError, match="memory"):
+        prefetch(0, 0)
 
 
 SIGNALLED = """

@@ -186,13 +186,20 @@ def test_a_batch_that_does_not_divide(tmp_path, capsys):
 
 
 def test_a_frozen_text_encoder_must_be_there(tmp_path, capsys):
-    message = refused(capsys, "--out", tmp_path, "--preset", "paper")
+    data = photos(tmp_path / "photos")
+    out = tmp_path / "run"
+    message = refused(capsys, "--out", out, "--preset", "paper", "--data", data)
     assert "--init" in message and "--stage text" not in message
-    assert not list(tmp_path.iterdir())
-    run = Run(tmp_path, {"text": {}, "1": {"text_lr": 0.0}})
+    assert not list(out.iterdir())
+    run = Run(out, {"text": {}, "1": {"text_lr": 0.0}})
     with pytest.raises(UserError, match="--stage text"):
         check_stages(run, ["1"])
     check_stages(run, ["text", "1"])
+
+
+def test_the_preset_paper_wants_files(tmp_path, capsys):
+    assert "--data" in refused(capsys, "--out", tmp_path, "--preset", "paper")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_lora_needs_a_model(model, tmp_path, capsys):

@@ -296,7 +296,7 @@ def test_the_hardware_chooses_the_preset(monkeypatch, device, preset):
     assert (args.preset, args.out, args.device.type) == (preset, Path("runs") / preset, device)
     assert args.chosen_preset == f" (chosen for {device})"
     assert parse(["--device", "cpu"]).preset == "tiny"
-    args = parse(["--preset", "paper"])
+    args = parse(["--preset", "paper", "--data", "photos"])
     assert (args.out, args.chosen_preset) == (Path("runs/paper"), "")
     assert parse(["--out", "runs/a"]).out == Path("runs/a")
 

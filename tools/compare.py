@@ -36,7 +36,6 @@ COLUMNS = {"variant": 13, "steps": 5, **dict.fromkeys((*world.TASKS, "overall"),
 class Variant(NamedTuple):
     """What is changed of plain sampling."""
     order: Callable = meissonic.confidence
-    mask_schedule: str | None = None          # one of meissonic.MASK_SCHEDULES; None: --schedule
     edit_plan: Callable | None = None         # list of Step -> list of Step
     every: int = 1                            # steps from one unconditional pass to the next
     remask: int | None = None                 # passes; None: --remask
@@ -45,7 +44,6 @@ class Variant(NamedTuple):
 VARIANTS = {
     "confidence": Variant(),
     "halton": Variant(order=orders.halton),
-    "halton-arccos": Variant(order=orders.halton, mask_schedule="arccos"),
     "random": Variant(order=orders.random),
     "unguided": Variant(edit_plan=partial(orders.constant_guidance, scale=1.0)),
     "guided-early": Variant(edit_plan=partial(orders.guidance_between, first=0.0, last=0.5)),
@@ -166,9 +164,7 @@ def draw_batch(pipe, args, variant, batch, seeds, steps, passes):
 
 def plan_of(schedule, variant, steps, tokens):
     """The Steps that draw all tokens of a picture as the variant has it."""
-    mask_schedule = variant.mask_schedule or schedule.mask_schedule
-    schedule = replace(schedule, steps=steps, mask_schedule=mask_schedule)
-    plan = schedule.plan(num_masked=tokens, num_tokens=tokens)
+    plan = replace(schedule, steps=steps).plan(num_masked=tokens, num_tokens=tokens)
     return variant.edit_plan(plan) if variant.edit_plan else plan
 
 
