@@ -10,7 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from common import GOLDEN, GOLDEN_MODEL, SMALL_RUN, assert_refused, edit_json, open_picture
+from common import (GOLDEN, GOLDEN_MODEL, SMALL_RUN, assert_refused, edit_json, open_picture,
+                    photos)
 from safetensors.torch import load_file, save_file
 from shared_pipeline import load, load_once      # noqa: F401
 from test_hub import fill_cache
@@ -159,10 +160,11 @@ def test_text_encoders_that_are_refused(cli, cache, tmp_path):
 def test_fine_tuning_begins_with_the_same_text_encoder(cache, tmp_path, monkeypatch):
     """--init meissonic copies the text encoder of sampling; the rest is Meissonic's."""
     own = load_file(GOLDEN_MODEL / "text_encoder/model.safetensors")
+    data = photos(tmp_path / "photos")
     for flags, same in (([], False), (["--text-encoder", "own"], True)):
         out = tmp_path / "-".join(["run", *flags])
         arguments = ["--out", str(out), "--init", "meissonic", "--preset", "paper", "--stage", "4",
-                     "--device", "cpu"]
+                     "--device", "cpu", "--data", str(data)]
         args = options.parse_arguments(train.PRESETS, train.STAGES, "", arguments + flags)
         copy_init(options.open_run(args, train.PRESETS))
         weights = clip.TextEncoder.from_pretrained(out / "text_encoder").text_projection.weight
